@@ -1,0 +1,296 @@
+"""Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
+
+A small convolutional classifier learns from the labeled digits, and is at the same time the
+discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
+generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
+sections 3.1 and 5).
+
+    python sgan_mnist.py                        # 100 labels, 10 of each digit
+    python sgan_mnist.py --supervised-only      # the baseline: labeled digits alone
+    python sgan_mnist.py --num-labeled 30000    # half of the labels
+
+The unlabeled images are all training images but those of validation, the labeled ones among them.
+What differs from the articles that this follows, and what it scores: README.md.
+"""
+
+import argparse
+import time
+from copy import deepcopy
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.datasets import MNIST
+from tqdm import tqdm
+
+from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_and_others, evaluate,
+                    fake_loss, labeled_loss, pick_device, plot_confusion, plot_curves,
+                    plot_predictions, positive, real_logit, save_samples, seed_everything,
+                    unlabeled_loss)
+
+NUM_CLASSES = 10
+NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
+LATENT_DIM = 100
+LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
+EMA_DECAY = 0.99
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    run = parser.add_argument_group("run")
+    run.add_argument("--seed", type=int, default=0, help="initialisation, batches, augmentation")
+    run.add_argument("--split-seed", type=int, default=0, help="which images are labeled")
+    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
+    run.add_argument("--out-dir", default="runs", help="parent of the run's folder")
+    run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data-dir", default="data", help="holds MNIST/raw, or it is fetched there")
+    data.add_argument("--num-labeled", type=int, default=100, help="a multiple of the 10 classes")
+    train = parser.add_argument_group("training")
+    train.add_argument("--supervised-only", action="store_true",
+                       help="the baseline: the same classifier and steps, labeled images alone")
+    train.add_argument("--epochs", type=int, default=5, help="passes over the unlabeled images")
+    train.add_argument("--batch-size", type=int, default=200, help="unlabeled, and fake, images")
+    train.add_argument("--lr", type=float, default=3e-3, help="Adam, classifier and generator")
+    args = parser.parse_args()
+    positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
+    if args.batch_size < 2:
+        die("--batch-size must be at least 2: batch norm has no variance of one image")
+    return args
+
+
+# ============================================== data ==============================================
+
+
+def load_images(data_dir, train):
+    """MNIST from its IDX files, fetched if missing: (N, 1, 28, 28) uint8, (N,) int64 labels."""
+    try:
+        data = MNIST(data_dir, train=train, download=True)
+    except (OSError, RuntimeError, ValueError, AssertionError) as error:
+        die(f"MNIST could not be read from or fetched to --data-dir {data_dir}: {error}")
+    return data.data[:, None], data.targets.long()
+
+
+def augment(x):
+    """Shift, turn and scale each image at random, differentiable; (N, 1, 28, 28) -> the same."""
+    n = len(x)
+    shift_x, shift_y, turn, scale = torch.rand(4, n, device=x.device) * 2 - 1
+    turn, scale = 0.2 * turn, 1 + 0.1 * scale  # up to 11 degrees, 10%
+    cos, sin = scale * turn.cos(), scale * turn.sin()
+    theta = torch.stack([cos, -sin, shift_x / 7, sin, cos, shift_y / 7], dim=1)  # up to 2 pixels
+    grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, 28, 28, 2)
+    return F.grid_sample(x, grid, align_corners=False)
+
+
+# ============================================ networks ============================================
+
+
+class Generator(nn.Module):
+    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1]."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(LATENT_DIM, 128 * 7 * 7, bias=False), nn.BatchNorm1d(128 * 7 * 7), nn.ReLU(),
+            nn.Unflatten(1, (128, 7, 7)),
+            nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False),  # (N, 64, 14, 14)
+            nn.BatchNorm2d(64), nn.ReLU(),
+            nn.ConvTranspose2d(64, 1, 4, 2, 1), nn.Sigmoid(),  # (N, 1, 28, 28)
+        )
+
+    def forward(self, z):
+        return self.layers(z)
+
+
+class Classifier(nn.Module):
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128)."""
+
+    def __init__(self):
+        super().__init__()
+
+        def conv(n_in, n_out, stride):
+            return [nn.Conv2d(n_in, n_out, 3, stride, 1, bias=False), nn.BatchNorm2d(n_out),
+                    nn.LeakyReLU(0.1)]
+
+        self.layers = nn.Sequential(
+            *conv(1, 32, 2),  # (N, 32, 14, 14)
+            *conv(32, 32, 1),
+            *conv(32, 64, 2),  # (N, 64, 7, 7)
+            *conv(64, 64, 1),
+            *conv(64, 128, 1),
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (N, 128)
+        )
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(128, NUM_CLASSES)
+
+    def forward(self, x):
+        x = ((x - 0.13) / 0.31).contiguous(memory_format=torch.channels_last)
+        features = self.layers(x)
+        return self.head(self.dropout(features)), features
+
+
+def update_batch_norm_statistics(classifier, on):
+    """Choose whether forward passes in training move the statistics that evaluation will use."""
+    for module in classifier.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.1 if on else 0.0
+
+
+# ============================================ training ============================================
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    seed_everything(args.seed)
+    x_train, y_train = load_images(args.data_dir, train=True)  # (N, 1, 28, 28) uint8, (N,)
+    x_test, y_test = load_images(args.data_dir, train=False)
+    num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
+    labeled, val, unlabeled = balanced_split(y_train, args.num_labeled, num_val, NUM_CLASSES,
+                                             args.split_seed)
+    x_labeled, y_labeled = x_train[labeled].to(device), y_train[labeled].to(device)
+    x_val, y_val = x_train[val].to(device), y_train[val].to(device)
+    x_unlabeled = x_train[torch.cat([labeled, unlabeled])].to(device)  # no labels from here on
+    x_test, y_test = x_test.to(device), y_test.to(device)
+    if len(x_unlabeled) < args.batch_size:
+        die(f"--batch-size {args.batch_size} is more than the {len(x_unlabeled)} unlabeled images")
+    method = "supervised" if args.supervised_only else "sgan"
+    print(f"{method} on {device}: {args.num_labeled} labeled images ("
+          + ", ".join(f"{n} of {k}" for k, n in enumerate(y_labeled.bincount().tolist()))
+          + f"), {len(x_unlabeled)} unlabeled, {len(x_val)} validation, {len(x_test)} test")
+
+    def held_out(x, y):  # batches for evaluation, in order, each image once
+        batches = zip((x_batch / 255 for x_batch in x.split(1000)), y.split(1000))
+        return islice(batches, 2) if args.dry_run else batches
+
+    classifier = Classifier().to(device).to(memory_format=torch.channels_last)
+    classifier_ema = deepcopy(classifier).requires_grad_(False)
+    generator = Generator().to(device).to(memory_format=torch.channels_last)
+    opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    fixed_z = torch.randn(100, LATENT_DIM, device=device)
+    autocast = bf16_autocast(device)
+
+    run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
+              f"__seed{args.seed}", vars(args))
+    steps_per_epoch = len(x_unlabeled) // args.batch_size
+    if args.dry_run:
+        args.epochs, steps_per_epoch = 1, 2
+    step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
+
+    for epoch in range(1, args.epochs + 1):
+        order = torch.randperm(len(x_unlabeled), device=device)
+        epoch_started = time.perf_counter()
+        for i in tqdm(range(steps_per_epoch), f"epoch {epoch}/{args.epochs}", disable=None,
+                      leave=False):
+            step += 1
+            chosen = torch.randperm(args.num_labeled, device=device)[:LABELED_BATCH]
+            x_lab, y_lab = augment(x_labeled[chosen] / 255), y_labeled[chosen]  # (n, 1, 28, 28)
+
+            if args.supervised_only:
+                with autocast:
+                    logits_lab, _ = classifier(x_lab)  # (n, K)
+                loss_lab = labeled_loss(logits_lab, y_lab)
+                opt_d.zero_grad()
+                loss_lab.backward()
+                opt_d.step()
+                losses.add(step, {"loss/lab": loss_lab})
+
+            else:
+                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]]
+                x_unl = augment(x_unl / 255)  # (N, 1, 28, 28)
+                z = torch.randn(args.batch_size, LATENT_DIM, device=device)
+                with autocast:
+                    x_fake = generator(z)
+                x_fake = augment(x_fake.float())  # (N, 1, 28, 28), used in both updates
+
+                # ---- classifier: labels right, digits real, fakes fake ----
+                # Three forward passes, as batch norm would mix the three kinds of images; only
+                # unlabeled digits move the running statistics, as only digits are evaluated.
+                classifier.requires_grad_(True)
+                with autocast:
+                    update_batch_norm_statistics(classifier, False)
+                    logits_lab, _ = classifier(x_lab)  # (n, K)
+                    logits_fake, _ = classifier(x_fake.detach())  # (N, K)
+                    update_batch_norm_statistics(classifier, True)
+                    logits_unl, feat_unl = classifier(x_unl)  # (N, K), (N, 128)
+                    update_batch_norm_statistics(classifier, False)
+                r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
+                loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
+                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+                loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
+                loss_d = loss_lab + 0.5 * (loss_unl + loss_fake)  # 0.5: the authors' code
+                opt_d.zero_grad()
+                loss_d.backward()
+                opt_d.step()
+
+                # ---- generator: the mean features of digits ----
+                classifier.requires_grad_(False)
+                with autocast:
+                    _, feat_fake = classifier(x_fake)  # (N, 128)
+                gap = feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)  # (128,)
+                loss_g = gap.square().mean()  # || E f(x) - E f(G(z)) ||^2, Salimans 2016, 3.1
+                opt_g.zero_grad()
+                loss_g.backward()
+                opt_g.step()
+
+                losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
+                                  "loss/fake": loss_fake, "loss/g": loss_g,
+                                  "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
+
+            # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
+            decay = min(EMA_DECAY, (1 + step) / (10 + step))
+            for ema, now in zip(classifier_ema.state_dict().values(),
+                                classifier.state_dict().values()):
+                ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+
+        # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
+        means = losses.means()  # waits for the device
+        images_seen = steps_per_epoch * (len(x_lab) if args.supervised_only else args.batch_size)
+        images_per_s = images_seen / (time.perf_counter() - epoch_started)
+        with autocast:
+            val = evaluate(classifier, held_out(x_val, y_val), NUM_CLASSES)
+            val_ema = evaluate(classifier_ema, held_out(x_val, y_val), NUM_CLASSES)
+            if not args.supervised_only:
+                save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
+        for weights, scored in (("raw", val), ("ema", val_ema)):
+            if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
+                best_val = scored["accuracy"]
+                model = classifier if weights == "raw" else classifier_ema
+                run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
+                                     "epoch": epoch, "val_accuracy": best_val})
+        seconds = time.perf_counter() - started
+        run.log({"step": step, "epoch": epoch, "seconds": round(seconds, 1), **means,
+                 "val_loss": val["loss"], "val_accuracy": val["accuracy"],
+                 "val_loss_ema": val_ema["loss"], "val_accuracy_ema": val_ema["accuracy"],
+                 "images_per_s": round(images_per_s, 1)})
+        plot_curves(run.rows, run.dir / "curves.png")
+        print(f"epoch {epoch}: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+              + f", val {val['accuracy']:.2%}, EMA {val_ema['accuracy']:.2%}, "
+              f"{images_per_s:.0f} images/s, {seconds:.0f} s", flush=True)
+
+    # ============ the end: test images are read here only, for two sets of weights ============
+    run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
+                          "epoch": args.epochs, "generator": generator.state_dict()})
+    best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
+    classifier.load_state_dict(best["classifier"])
+    with autocast:
+        test = evaluate(classifier_ema, held_out(x_test, y_test), NUM_CLASSES)
+        test_best = evaluate(classifier, held_out(x_test, y_test), NUM_CLASSES)
+    class_names = [str(k) for k in range(NUM_CLASSES)]
+    plot_confusion(test["confusion"], class_names, run.dir / "confusion.png")
+    predicted = test["predicted"]
+    shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
+    plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
+                     run.dir / "predictions.png")
+    run.finish(device, script="sgan_mnist", method=method, num_labeled=args.num_labeled,
+               seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
+               val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
+               test_accuracy_best_val=test_best["accuracy"], seconds=round(seconds, 1))
+
+
+if __name__ == "__main__":
+    main()
