@@ -28,28 +28,32 @@ from torchvision.utils import save_image
 # ==================================== the log-sum-exp loss =======================================
 # A (K+1)-way softmax whose extra logit, "fake", is fixed at 0 says p(fake | x) = 1 / (Z + 1). So
 # with r(x) = log Z(x): D(x) = sigmoid(r), -log D(x) = softplus(-r), -log(1 - D(x)) = softplus(r),
-# and p(y | x, real) = exp l_y / Z is the ordinary softmax. Everything is computed in float32, also
-# under autocast; softplus and logsumexp stay finite, with their gradients, at logits of +-1e4.
+# and p(y | x, real) = exp l_y / Z is the ordinary softmax. Under autocast, too, nothing is computed
+# in less than float32; logsumexp and softplus and their gradients stay finite at logits of +-1e4.
+
+
+def float32_at_least(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def real_logit(logits: Tensor) -> Tensor:
-    """r(x) = log sum_k exp l_k(x): logits (N, K) of any float type -> (N,) float32."""
-    return torch.logsumexp(logits.float(), dim=1)
+    """r(x) = log sum_k exp l_k(x): logits (N, K) of any float type -> (N,) float32 or float64."""
+    return torch.logsumexp(float32_at_least(logits), dim=1)
 
 
 def labeled_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """-E log p(y | x, x is real): logits (N, K), labels (N,) int64 -> scalar in nats."""
-    return F.cross_entropy(logits.float(), labels)
+    return F.cross_entropy(float32_at_least(logits), labels)
 
 
 def unlabeled_loss(r: Tensor) -> Tensor:
     """-E log D(x) on real images without labels: real logit r (N,) -> scalar in nats."""
-    return F.softplus(-r.float()).mean()
+    return F.softplus(-float32_at_least(r)).mean()
 
 
 def fake_loss(r: Tensor) -> Tensor:
     """-E log(1 - D(G(z))) on generated images: real logit r (N,) -> scalar in nats."""
-    return F.softplus(r.float()).mean()
+    return F.softplus(float32_at_least(r)).mean()
 
 
 def fool_loss(r: Tensor) -> Tensor:
@@ -57,7 +61,7 @@ def fool_loss(r: Tensor) -> Tensor:
 
     r (N,) is the real logit of generated images (Goodfellow et al. 2014, arXiv:1406.2661, sec. 3).
     """
-    return F.softplus(-r.float()).mean()
+    return F.softplus(-float32_at_least(r)).mean()
 
 
 # ====================================== errors, device, seed ======================================
@@ -285,7 +289,8 @@ class Run:
         if device.type == "cuda":
             peak, name = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.get_device_name()
         else:
-            peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10, "cpu"
+            unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+            peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "cpu"
         results |= {"peak_memory_mib": round(peak), "device": name, "torch": torch.__version__}
         results = {key: None if value != value else value for key, value in results.items()}  # NaN
         with atomic(self.dir / "results.json") as tmp:
@@ -398,11 +403,13 @@ def errors_and_others(labels: Tensor, predicted: Tensor, num: int) -> Tensor:
     return torch.cat([wrong, right])
 
 
-def plot_predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_names: list, path):
+def plot_predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_names: list, path,
+                     title=""):
     """A few images (N, C, H, W) in [0, 1], each under its predicted class; errors framed in red."""
     columns = 10
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(columns * 1.1, rows * 1.4), layout="constrained")
+    figure = Figure(figsize=(columns * 1.1, rows * 1.4 + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=10)
     for axes in figure.subplots(rows, columns).flat:
         axes.axis("off")
     for axes, x, y, guess in zip(figure.axes, images.cpu(), labels.tolist(), predicted.tolist()):

@@ -32,10 +32,10 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import (Run, StepMeans, bf16_autocast, dali_loader, die, errors_and_others, evaluate,
-                    fake_loss, fool_loss, labeled_loss, pick_device, plot_confusion, plot_curves,
-                    plot_predictions, positive, real_logit, save_samples, seed_everything,
-                    unlabeled_loss)
+from common import (Run, StepMeans, atomic, bf16_autocast, dali_loader, die, errors_and_others,
+                    evaluate, fake_loss, fool_loss, labeled_loss, pick_device, plot_confusion,
+                    plot_curves, plot_predictions, positive, real_logit, save_samples,
+                    seed_everything, unlabeled_loss)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
@@ -77,7 +77,7 @@ def parse_args():
     if args.demo:  # the main job on other data: these become the defaults, flags still count
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
-                            image_size=32, epochs=14)
+                            image_size=32, epochs=6)
         args = parser.parse_args()
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
              lr=args.lr, lr_generator=args.lr_generator)
@@ -250,8 +250,8 @@ def main():
             print(f"warning: {len(others)} files that are no images are left out: {others[0]} ...")
     num_classes, num_labeled = len(class_names), len(lab_files)
     method = "supervised" if args.supervised_only else "sgan"
-    drawn = Path(args.labeled_dir).with_suffix(".json")  # left by --prepare
-    split_seed = json.loads(drawn.read_text())["split_seed"] if drawn.exists() else None
+    record = draw_record(args.labeled_dir)
+    split_seed = json.loads(record.read_text())["split_seed"] if record.exists() else None
     print(f"{method} on {device}: {num_labeled} labeled images ("
           + ", ".join(f"{lab_labels.count(k)} {name}" for k, name in enumerate(class_names))
           + f"), {len(unl_files)} unlabeled, {len(val_files)} validation, {len(test_files)} test")
@@ -276,7 +276,7 @@ def main():
     autocast = bf16_autocast(device)
 
     run = Run(args.out_dir, f"sgan_catsdogs__{method}__n{num_labeled}__px{args.image_size}"
-              f"__split{split_seed}__seed{args.seed}", vars(args))
+              f"__split{split_seed}__seed{args.seed}".replace("__splitNone", ""), vars(args))
     steps_per_epoch = 100 if args.supervised_only else len(unl_files) // args.batch_size
     if args.dry_run:
         args.epochs, steps_per_epoch = 1, 2
@@ -391,7 +391,8 @@ def main():
     x_shown, y_shown = next(dali_loader([test_files[i] for i in shown],
                                         [test_labels[i] for i in shown], 60, args.image_size,
                                         device))
-    plot_predictions(x_shown, y_shown, predicted[shown], class_names, run.dir / "predictions.png")
+    plot_predictions(x_shown, y_shown, predicted[shown], class_names, run.dir / "predictions.png",
+                     "the first test errors, and correct ones")
     run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
                seed=args.seed, split_seed=split_seed, image_size=args.image_size,
                epochs=args.epochs, steps=step, val_accuracy=val_ema["accuracy"],
@@ -403,6 +404,11 @@ def main():
 
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
+
+
+def draw_record(labeled_dir):
+    """The file beside the labeled folder that says how --prepare drew it."""
+    return Path(f"{labeled_dir}.json")
 
 
 def prepare(args):
@@ -418,7 +424,10 @@ def prepare(args):
         if target.exists():
             die(f"{target} exists already: remove it first, or name other folders by the flags")
     if args.download and not source.is_dir():
-        torchvision.datasets.utils.download_and_extract_archive(ARCHIVE, source.parent)
+        try:
+            torchvision.datasets.utils.download_and_extract_archive(ARCHIVE, source.parent)
+        except (OSError, RuntimeError) as error:
+            die(f"--download could not fetch {ARCHIVE} to {source.parent}: {error}")
     images, others = list_images(source, "--prepare")
     if others:
         print(f"{len(others)} files that are no images are left out: {others[0]} ...")
@@ -450,8 +459,9 @@ def prepare(args):
                 shutil.copyfile(path, copy)
         tmp.rename(target)
     files = sorted(str(path.relative_to(source)) for _, path in drawn[labeled])
-    labeled.with_suffix(".json").write_text(json.dumps(
-        {"split_seed": args.split_seed, "source": str(source), "files": files}, indent=1) + "\n")
+    with atomic(draw_record(labeled)) as tmp:
+        tmp.write_text(json.dumps({"split_seed": args.split_seed, "source": str(source),
+                                   "files": files}, indent=1) + "\n")
     print("\n".join(f"{target}: {len(drawn[target])} images" for target in targets))
 
 

@@ -33,6 +33,7 @@ NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
+CONFIDENCE = 0.95  # from which probability on the EMA classifier's own labels are trained on
 EMA_DECAY = 0.99
 
 
@@ -51,9 +52,13 @@ def parse_args():
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier and steps, labeled images alone")
-    train.add_argument("--epochs", type=int, default=5, help="passes over the unlabeled images")
+    train.add_argument("--epochs", type=int, default=3, help="passes over the unlabeled images")
     train.add_argument("--batch-size", type=int, default=200, help="unlabeled, and fake, images")
     train.add_argument("--lr", type=float, default=3e-3, help="Adam, classifier and generator")
+    train.add_argument("--gan-weight", type=float, default=1.0,
+                       help="of the unlabeled and fake terms; 0: the generator is of no effect")
+    train.add_argument("--consistency-weight", type=float, default=1.0,
+                       help="of agreeing with the EMA classifier on unlabeled images; 0: without")
     args = parser.parse_args()
     positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
     if args.batch_size < 2:
@@ -166,7 +171,7 @@ def main():
         return islice(batches, 2) if args.dry_run else batches
 
     classifier = Classifier().to(device).to(memory_format=torch.channels_last)
-    classifier_ema = deepcopy(classifier).requires_grad_(False)
+    classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator().to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -199,12 +204,17 @@ def main():
                 losses.add(step, {"loss/lab": loss_lab})
 
             else:
-                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]]
-                x_unl = augment(x_unl / 255)  # (N, 1, 28, 28)
+                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
                 z = torch.randn(args.batch_size, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
                 x_fake = augment(x_fake.float())  # (N, 1, 28, 28), used in both updates
+
+                # ---- the EMA classifier, as teacher, labels the unlabeled digits ----
+                with torch.no_grad(), autocast:
+                    logits_teacher, _ = classifier_ema(augment(x_unl))  # (N, K)
+                p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
+                sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
                 # ---- classifier: labels right, digits real, fakes fake ----
                 # Three forward passes, as batch norm would mix the three kinds of images; only
@@ -215,13 +225,17 @@ def main():
                     logits_lab, _ = classifier(x_lab)  # (n, K)
                     logits_fake, _ = classifier(x_fake.detach())  # (N, K)
                     update_batch_norm_statistics(classifier, True)
-                    logits_unl, feat_unl = classifier(x_unl)  # (N, K), (N, 128)
+                    logits_unl, feat_unl = classifier(augment(x_unl))  # (N, K), (N, 128)
                     update_batch_norm_statistics(classifier, False)
                 r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                loss_d = loss_lab + 0.5 * (loss_unl + loss_fake)  # 0.5: the authors' code
+                # -E [teacher is sure] log p(teacher's label | x, real); Sohn et al. 2020 (FixMatch)
+                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
+                            * sure).mean()
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # 0.5: as in
+                          + args.consistency_weight * loss_con)  # the code of Salimans et al.
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -238,6 +252,7 @@ def main():
 
                 losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
                                   "loss/fake": loss_fake, "loss/g": loss_g,
+                                  "loss/con": loss_con, "monitor/sure": sure.float().mean(),
                                   "monitor/p_real_unl": r_unl.sigmoid().mean(),
                                   "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
@@ -285,7 +300,7 @@ def main():
     predicted = test["predicted"]
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
-                     run.dir / "predictions.png")
+                     run.dir / "predictions.png", "the first test errors, and correct ones")
     run.finish(device, script="sgan_mnist", method=method, num_labeled=args.num_labeled,
                seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],

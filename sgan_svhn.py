@@ -33,7 +33,8 @@ from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_a
 NUM_CLASSES = 10
 NUM_VAL = 1000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
-LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
+LABELED_BATCH = 50  # labeled images in each step; with fewer labels than that, all of them
+CONFIDENCE = 0.9  # from which probability on the EMA classifier's own labels are trained on
 EMA_DECAY = 0.995
 
 
@@ -53,9 +54,13 @@ def parse_args():
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier and steps, labeled images alone")
-    train.add_argument("--epochs", type=int, default=20, help="passes over the unlabeled images")
-    train.add_argument("--batch-size", type=int, default=100, help="unlabeled, and fake, images")
-    train.add_argument("--lr", type=float, default=1e-3, help="Adam, classifier and generator")
+    train.add_argument("--epochs", type=int, default=12, help="passes over the unlabeled images")
+    train.add_argument("--batch-size", type=int, default=50, help="unlabeled, and fake, images")
+    train.add_argument("--lr", type=float, default=2e-3, help="Adam, classifier and generator")
+    train.add_argument("--gan-weight", type=float, default=1.0,
+                       help="of the unlabeled and fake terms; 0: the generator is of no effect")
+    train.add_argument("--consistency-weight", type=float, default=1.0,
+                       help="of agreeing with the EMA classifier on unlabeled images; 0: without")
     args = parser.parse_args()
     positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
     if args.batch_size < 2:
@@ -141,9 +146,9 @@ class Classifier(nn.Module):
         self.layers = nn.Sequential(
             *conv(3, 32, 1),  # (N, 32, 32, 32)
             *conv(32, 64, 2),  # (N, 64, 16, 16)
-            *conv(64, 64, 1), nn.Dropout2d(0.2),
+            *conv(64, 64, 1), nn.Dropout2d(0.1),
             *conv(64, 128, 2),  # (N, 128, 8, 8)
-            *conv(128, 128, 1), nn.Dropout2d(0.2),
+            *conv(128, 128, 1), nn.Dropout2d(0.1),
             *conv(128, 128, 1),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (N, 128)
         )
@@ -151,7 +156,8 @@ class Classifier(nn.Module):
         self.head = nn.Linear(128, NUM_CLASSES)
 
     def forward(self, x):
-        x = ((x - 0.45) / 0.2).contiguous(memory_format=torch.channels_last)
+        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)  # light differs by the photo
+        x = ((x - mean) / (std + 0.02)).contiguous(memory_format=torch.channels_last)
         features = self.layers(x)
         return self.head(self.dropout(features)), features
 
@@ -191,7 +197,7 @@ def main():
         return islice(batches, 2) if args.dry_run else batches
 
     classifier = Classifier().to(device).to(memory_format=torch.channels_last)
-    classifier_ema = deepcopy(classifier).requires_grad_(False)
+    classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator().to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -224,12 +230,17 @@ def main():
                 losses.add(step, {"loss/lab": loss_lab})
 
             else:
-                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]]
-                x_unl = augment(x_unl / 255)  # (N, 3, 32, 32)
+                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
                 z = torch.randn(args.batch_size, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
                 x_fake = augment(x_fake.float())  # (N, 3, 32, 32), used in both updates
+
+                # ---- the EMA classifier, as teacher, labels the unlabeled digits ----
+                with torch.no_grad(), autocast:
+                    logits_teacher, _ = classifier_ema(augment(x_unl))  # (N, K)
+                p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
+                sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
                 # ---- classifier: labels right, digits real, fakes fake ----
                 # Three forward passes, as batch norm would mix the three kinds of images; only
@@ -240,13 +251,17 @@ def main():
                     logits_lab, _ = classifier(x_lab)  # (n, K)
                     logits_fake, _ = classifier(x_fake.detach())  # (N, K)
                     update_batch_norm_statistics(classifier, True)
-                    logits_unl, feat_unl = classifier(x_unl)  # (N, K), (N, 128)
+                    logits_unl, feat_unl = classifier(augment(x_unl))  # (N, K), (N, 128)
                     update_batch_norm_statistics(classifier, False)
                 r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                loss_d = loss_lab + 0.5 * (loss_unl + loss_fake)  # 0.5: the authors' code
+                # -E [teacher is sure] log p(teacher's label | x, real); Sohn et al. 2020 (FixMatch)
+                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
+                            * sure).mean()
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # 0.5: as in
+                          + args.consistency_weight * loss_con)  # the code of Salimans et al.
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -263,6 +278,7 @@ def main():
 
                 losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
                                   "loss/fake": loss_fake, "loss/g": loss_g,
+                                  "loss/con": loss_con, "monitor/sure": sure.float().mean(),
                                   "monitor/p_real_unl": r_unl.sigmoid().mean(),
                                   "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
@@ -310,7 +326,7 @@ def main():
     predicted = test["predicted"]
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
-                     run.dir / "predictions.png")
+                     run.dir / "predictions.png", "the first test errors, and correct ones")
     run.finish(device, script="sgan_svhn", method=method, num_labeled=args.num_labeled,
                seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],

@@ -1,0 +1,265 @@
+"""Two rings in the plane, four labels each: why a semi-supervised GAN wants a bad generator.
+
+The same small classifier learns from 8 labeled points alone, and as the discriminator
+D(x) = Z/(Z+1), Z = exp l_1(x) + exp l_2(x), of three GANs on 2000 points without labels (Salimans
+et al. 2016, arXiv:1606.03498, section 5). The generators differ in what they want: to pass for
+data ("fool"), to match the mean features of data, or to do that, spread out, and stay away from the
+data ("complement", Dai et al. 2017, arXiv:1705.09783, called Bad GAN). Fakes between the rings are
+what moves the boundary there.
+
+    python toy_rings.py                            # all four, rings.png and rings.gif
+    python toy_rings.py --seed 1 --split-seed 1    # other labels
+
+What it scores over 20 draws of labels: README.md.
+"""
+
+import argparse
+import time
+from copy import deepcopy
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import nn
+from tqdm import tqdm
+
+from common import (Run, StepMeans, atomic, balanced_split, die, evaluate, fake_loss, fool_loss,
+                    labeled_loss, pick_device, positive, real_logit, save_figure, seed_everything,
+                    unlabeled_loss)
+
+METHODS = ["supervised", "fool", "feature-matching", "complement"]
+NUM_POINTS, NUM_TEST = 2000, 2000
+LATENT_DIM = 8
+BATCH_SIZE = 125  # 16 steps an epoch
+LEARNING_RATE = 3e-3
+EMA_DECAY = 0.99
+LABELED_WEIGHT = 0.02  # the rings shall form the features before 8 points draw a straight line
+BANDWIDTH = 0.05  # of the density estimate, about the width of a ring
+DENSE = 0.1  # generated points shall be where the density is below this quantile of the data's
+FRAMES = 25  # of rings.gif
+COLORS = ["#d95f02", "#1b6ca8"]  # inner and outer ring; orange and blue, for all eyes
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="initialisation and batches")
+    parser.add_argument("--split-seed", type=int, default=0, help="which points are labeled")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
+    parser.add_argument("--out-dir", default="runs", help="parent of the run's folder")
+    parser.add_argument("--dry-run", action="store_true", help="two steps of everything")
+    parser.add_argument("--num-labeled", type=int, default=8, help="a multiple of the 2 classes")
+    parser.add_argument("--supervised-only", action="store_true", help="the baseline alone")
+    parser.add_argument("--epochs", type=int, default=75, help="passes over the points, a method")
+    args = parser.parse_args()
+    positive(num_labeled=args.num_labeled, epochs=args.epochs)
+    return args
+
+
+# ============================================== data ==============================================
+
+
+def draw_rings(n, generator):
+    """n points of two noisy rings, radius 0.5 and 1 in turn: (n, 2) float, (n,) int64 labels."""
+    y = torch.arange(n) % 2
+    angle = 2 * torch.pi * torch.rand(n, generator=generator)
+    radius = 0.5 * (y + 1) + 0.04 * torch.randn(n, generator=generator)
+    return torch.stack([radius * angle.cos(), radius * angle.sin()], dim=1), y
+
+
+def log_density(points, data):
+    """Kernel density estimate up to a constant: points (N, 2), data (M, 2) -> (N,) log p."""
+    squares = (points[:, None] - data).square().sum(dim=2)  # (N, M) squared distances
+    return torch.logsumexp(-squares / (2 * BANDWIDTH**2), dim=1)
+
+
+# ============================================ networks ============================================
+
+
+class Classifier(nn.Module):
+    """Points (N, 2) -> logits (N, 2), features (N, 64)."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(2, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU())
+        self.head = nn.Linear(64, 2)
+
+    def forward(self, x):
+        features = self.layers(x)
+        return self.head(features), features
+
+
+def make_generator():
+    """z (N, latent_dim) -> points (N, 2)."""
+    return nn.Sequential(nn.Linear(LATENT_DIM, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+                         nn.Linear(64, 2))
+
+
+# ============================================ training ============================================
+
+
+def train(method, x_lab, y_lab, x_data, args, run):
+    """Train one method; returns (EMA classifier, generator, snapshots of both for the figures)."""
+    device = x_data.device
+    seed_everything(args.seed)  # every method begins with the same classifier
+    classifier = Classifier().to(device)
+    classifier_ema = deepcopy(classifier).requires_grad_(False)
+    generator = make_generator().to(device)
+    opt_d = torch.optim.Adam(classifier.parameters(), LEARNING_RATE, betas=(0.5, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), LEARNING_RATE, betas=(0.5, 0.999), fused=True)
+    fixed_z = torch.randn(300, LATENT_DIM, device=device)
+    dense = log_density(x_data, x_data).quantile(DENSE)
+    steps_per_epoch = len(x_data) // BATCH_SIZE
+    num_steps = 2 if args.dry_run else args.epochs * steps_per_epoch
+    frames = {round(num_steps * (k / (FRAMES - 1)) ** 2) for k in range(FRAMES)}  # more at first
+    snapshots, losses = [snapshot(0, classifier_ema, generator, fixed_z)], StepMeans()
+    started = time.perf_counter()
+
+    for step in tqdm(range(1, num_steps + 1), method, disable=None, leave=False):
+        i = (step - 1) % steps_per_epoch
+        if i == 0:
+            order = torch.randperm(len(x_data), device=device)
+        x_unl = x_data[order[i * BATCH_SIZE:(i + 1) * BATCH_SIZE]]  # (N, 2)
+        x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))  # (N, 2)
+
+        # ---- classifier: labels right, data real, fakes fake ----
+        classifier.requires_grad_(True)
+        logits_lab, _ = classifier(x_lab)  # (n, 2)
+        logits_unl, feat_unl = classifier(x_unl)  # (N, 2), (N, 64)
+        logits_fake, _ = classifier(x_fake.detach())  # (N, 2)
+        r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
+        loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
+        loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+        loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
+        loss_d = LABELED_WEIGHT * loss_lab
+        if method != "supervised":
+            loss_d = loss_d + 0.5 * (loss_unl + loss_fake)  # 0.5: the code of Salimans et al.
+        opt_d.zero_grad()
+        loss_d.backward()
+        opt_d.step()
+
+        # ---- generator, through the new classifier: its aim is what the methods differ in ----
+        classifier.requires_grad_(False)
+        logits_fake, feat_fake = classifier(x_fake)  # (N, 2), (N, 64)
+        if method == "fool":
+            loss_g = fool_loss(real_logit(logits_fake))  # -E log D(G(z))
+        else:  # || E f(x) - E f(G(z)) ||^2, Salimans 2016, section 3.1
+            loss_g = (feat_unl.detach().mean(dim=0) - feat_fake.mean(dim=0)).square().mean()
+        if method == "complement":  # Dai et al. 2017, section 5
+            unit = F.normalize(feat_fake, dim=1)
+            cosines = unit @ unit.T  # (N, N), the diagonal is 1
+            # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
+            loss_g = loss_g + (cosines.square().sum() - BATCH_SIZE) / (BATCH_SIZE**2 - BATCH_SIZE)
+            # low density: E max(log p(G(z)) - threshold, 0)
+            loss_g = loss_g + (log_density(x_fake, x_data) - dense).relu().mean()
+        if method != "supervised":
+            opt_g.zero_grad()
+            loss_g.backward()
+            opt_g.step()
+
+        # ---- EMA of the classifier; short memory at first ----
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        for ema, now in zip(classifier_ema.parameters(), classifier.parameters()):
+            ema.lerp_(now.detach(), 1 - decay)
+
+        losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
+                          "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                          "monitor/p_real_fake": r_fake.sigmoid().mean()})
+        if step in frames:
+            snapshots.append(snapshot(step, classifier_ema, generator, fixed_z))
+            run.log({"method": method, "step": step, "epoch": -(-step // steps_per_epoch),
+                     **losses.means(), "seconds": round(time.perf_counter() - started, 2)})
+    return classifier_ema, generator, snapshots
+
+
+# ============================================ figures =============================================
+
+AXIS = torch.linspace(-1.4, 1.4, 141)
+GRID = torch.cartesian_prod(AXIS, AXIS)  # (141 * 141, 2), x varies slowest
+
+
+@torch.no_grad()
+def snapshot(step, classifier, generator, fixed_z):
+    """What a panel shows: step, p(outer | x) on the grid (141, 141), generated points (300, 2)."""
+    p = classifier(GRID.to(fixed_z.device))[0].softmax(dim=1)[:, 1]
+    return step, p.view(len(AXIS), -1).T.cpu(), generator(fixed_z).cpu()
+
+
+def draw_panel(axes, title, x, y, labeled, shown=None, fakes=True):
+    """One panel: points in grey, labeled ones in color, decision regions, generated points."""
+    if shown is not None:
+        _, p, generated = shown
+        axes.contourf(AXIS, AXIS, p, levels=[0, 0.5, 1], colors=COLORS, alpha=0.3)
+        axes.contour(AXIS, AXIS, p, levels=[0.5], colors="black", linewidths=1)
+    axes.scatter(*x[:1000].T, s=1.5, color="0.45")  # enough to see the rings
+    if shown is not None and fakes:
+        axes.scatter(*generated.T, s=9, color="black", marker="x", linewidths=0.8)
+    axes.scatter(*x[labeled].T, s=55, c=[COLORS[k] for k in y[labeled]], edgecolors="black")
+    axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), xticks=[], yticks=[], aspect="equal")
+    axes.set_title(title, fontsize=11)
+
+
+def draw_figures(x, y, labeled, snapshots, accuracy, run):
+    """Write rings.png, the end of every method, and rings.gif, the way there."""
+    figure = Figure(figsize=(3 * (1 + len(snapshots)), 3.3), layout="constrained")
+    panels = figure.subplots(1, 1 + len(snapshots))
+    draw_panel(panels[0], f"{len(x)} points, {len(labeled)} labels", x, y, labeled)
+    for axes, (method, shots) in zip(panels[1:], snapshots.items()):
+        draw_panel(axes, f"{method}: {100 * accuracy[method]:.1f}%", x, y, labeled, shots[-1],
+                   fakes=method != "supervised")
+    save_figure(figure, run.dir / "rings.png")
+
+    frames = []
+    for shots in zip(*snapshots.values()):  # one time for all methods
+        step = shots[0][0]
+        figure = Figure(figsize=(2.2 * len(shots), 2.6), dpi=80, layout="constrained")
+        panels = figure.subplots(1, len(shots), squeeze=False)[0]
+        figure.suptitle(f"step {step}", fontsize=10)
+        for axes, method, shot in zip(panels, snapshots, shots):
+            draw_panel(axes, method, x, y, labeled, shot, fakes=method != "supervised")
+        path = run.dir / "samples" / f"step_{step:05d}.png"
+        with atomic(path) as tmp:
+            figure.savefig(tmp, format="png")
+        frames.append(Image.open(path).convert("RGB").quantize(64))
+    with atomic(run.dir / "rings.gif") as tmp:
+        frames[0].save(tmp, format="GIF", save_all=True, append_images=frames[1:], loop=0,
+                       duration=[200] * (len(frames) - 1) + [2500])  # ms
+
+
+# ============================================== main ==============================================
+
+
+def main():
+    args = parse_args()
+    device = pick_device(args.device)
+    data = torch.Generator().manual_seed(0)  # the points are the same in every run
+    x, y = draw_rings(NUM_POINTS, data)
+    x_test, y_test = draw_rings(NUM_TEST, data)
+    if args.num_labeled > len(x):
+        die(f"--num-labeled is {args.num_labeled}, but there are {len(x)} points")
+    labeled, _, _ = balanced_split(y, args.num_labeled, 0, 2, args.split_seed)
+    x_data, x_lab, y_lab = x.to(device), x[labeled].to(device), y[labeled].to(device)
+    methods = METHODS[:1] if args.supervised_only else METHODS
+    run = Run(args.out_dir, f"toy_rings__n{args.num_labeled}__split{args.split_seed}"
+              f"__seed{args.seed}", vars(args))
+
+    started, accuracy, snapshots, weights = time.perf_counter(), {}, {}, {}
+    for method in methods:
+        classifier, generator, snapshots[method] = train(method, x_lab, y_lab, x_data, args, run)
+        # test points are read here only, once a method; there is nothing to choose between
+        test = evaluate(classifier, [(x_test.to(device), y_test.to(device))], 2)
+        accuracy[method] = test["accuracy"]
+        weights[method] = {"classifier": classifier.state_dict(),
+                           "generator": generator.state_dict()}
+        print(f"{method}: {accuracy[method]:.2%} of {NUM_TEST} test points", flush=True)
+    seconds = time.perf_counter() - started
+    run.save("final.pt", weights)
+    draw_figures(x, y, labeled, snapshots, accuracy, run)
+    run.finish(device, script="toy_rings", method=" ".join(methods), num_labeled=args.num_labeled,
+               seed=args.seed, split_seed=args.split_seed, epochs=args.epochs,
+               steps=snapshots["supervised"][-1][0], accuracy=accuracy, seconds=round(seconds, 1))
+
+
+if __name__ == "__main__":
+    main()
