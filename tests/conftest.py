@@ -26,7 +26,7 @@ def striped_images(labels, side, rng):
 
 
 def write_idx(path, array):
-    """An array of uint8 in MNIST's format: two zeros, 8 for uint8, the rank, the sizes, the bytes."""
+    """An array of uint8 in MNIST's format: zeros, 8 for uint8, the rank, the sizes, the bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     header = struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape)
     path.write_bytes(header + array.astype(np.uint8).tobytes())

@@ -1,0 +1,1049 @@
+"""The scripts from end to end, on small generated data in the formats of the real ones.
+
+Whole runs are processes of their own, two at a time. What needs a look inside a training step, and
+bad input, calls a script's main() here instead; nothing in the scripts is replaced for that.
+"""
+
+import csv
+import importlib
+import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scipy.io import loadmat, savemat
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
+
+from common import balanced_split, bf16_autocast, dali_loader
+from tests.cartoons import draw_dataset, write_pets
+from tests.conftest import write_idx, write_mnist, write_svhn
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SCRIPTS = ["sgan_mnist", "sgan_svhn", "sgan_catsdogs"]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def run_script(name, *flags, cwd):
+    """Run a script as a process of its own in the folder cwd; its CompletedProcess holds text."""
+    cwd.mkdir(parents=True, exist_ok=True)
+    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, flags)], cwd=cwd,
+                          capture_output=True, text=True, timeout=300)
+
+
+class Runs:
+    """Runs of {key: (name, *flags)}, two at a time, each in folder/key; runs[key] is an outcome."""
+
+    def __init__(self, jobs, folder):
+        self.folder = folder
+        with ThreadPoolExecutor(2) as pool:
+            started = {key: pool.submit(run_script, *job, cwd=folder / key)
+                       for key, job in jobs.items()}
+        self.completed = {key: process.result() for key, process in started.items()}
+
+    def __getitem__(self, key):
+        """What a successful run left: its RESULT, its folder, metrics and checkpoints."""
+        completed = self.completed[key]
+        assert completed.returncode == 0, completed.stderr
+        last = completed.stdout.splitlines()[-1]
+        assert last.startswith("RESULT {")
+        [folder] = (self.folder / key / "runs").iterdir()
+        with open(folder / "metrics.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        checkpoints = {path.stem: torch.load(path, weights_only=True)
+                       for path in folder.glob("*.pt")}
+        return SimpleNamespace(results=json.loads(last.removeprefix("RESULT ")), folder=folder,
+                               stderr=completed.stderr, rows=rows, **checkpoints)
+
+
+def call_main(name, *flags):
+    """Run a script's main() in this process, as if by the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        importlib.import_module(name).main()
+
+
+def pet_folders(root):
+    return ["--labeled-dir", root / "labeled", "--unlabeled-dir", root / "train",
+            "--val-dir", root / "val", "--test-dir", root / "test"]
+
+
+PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
+MNIST = ["--device", "cpu", "--batch-size", 50]
+SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40]
+
+
+# ========================================= whole runs =============================================
+
+
+@pytest.fixture(scope="session")
+def mnist_relabeled(mnist, tmp_path_factory):
+    """The same digits with every label changed that neither training nor validation may see."""
+    data_dir = tmp_path_factory.mktemp("relabeled")
+    shutil.copytree(mnist, data_dir, dirs_exist_ok=True)
+    path = data_dir / "MNIST/raw/train-labels-idx1-ubyte"
+    labels = torch.from_numpy(np.frombuffer(path.read_bytes()[8:], np.uint8).astype(np.int64))
+    labeled, val, unlabeled = balanced_split(labels, 100, 400, 10, seed=0)
+    changed = labels.clone()
+    changed[unlabeled] = (labels[unlabeled] + torch.randint(1, 10, unlabeled.shape)) % 10
+    # the draw is by class, but these images come after the drawn ones: it is the same
+    for part, same in zip(balanced_split(changed, 100, 400, 10, seed=0), (labeled, val, unlabeled)):
+        assert part.tolist() == same.tolist()
+    assert (changed != labels).sum() == len(unlabeled) == 400
+    write_idx(path, changed.numpy())
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def mnist_runs(mnist, mnist_relabeled, tmp_path_factory):
+    sgan = ["sgan_mnist", *MNIST, "--epochs", 2]
+    jobs = {"sgan": [*sgan, "--data-dir", mnist], "again": [*sgan, "--data-dir", mnist],
+            "other seed": [*sgan, "--data-dir", mnist, "--seed", 1],
+            "relabeled": [*sgan, "--data-dir", mnist_relabeled],
+            "supervised": [*sgan, "--data-dir", mnist, "--supervised-only", "--split-seed", 7]}
+    return Runs(jobs, tmp_path_factory.mktemp("mnist_runs"))
+
+
+@pytest.fixture(scope="session")
+def svhn_runs(svhn, tmp_path_factory):
+    sgan = ["sgan_svhn", *SVHN, "--epochs", 1, "--data-dir", svhn]
+    jobs = {"sgan": sgan, "supervised": [*sgan, "--supervised-only", "--seed", 5]}
+    return Runs(jobs, tmp_path_factory.mktemp("svhn_runs"))
+
+
+@pytest.fixture(scope="session")
+def flat_pets(pets, tmp_path_factory):
+    """The pets with a third class, told by flat names; unlabeled ones in folders that claim some."""
+    root = tmp_path_factory.mktemp("flat_pets")
+    for part in ("labeled", "val", "test"):
+        (root / part).mkdir()
+        for path in sorted((pets / part).rglob("*.jpg")):
+            number, name = int(path.stem), path.parent.name
+            shutil.copy(path, root / part / (f"cat.{number}.jpg" if name == "cat" else
+                                             f"dog_{number}.jpg"))
+            shutil.copy(path, root / part / f"zebra{number}.jpg")
+    for n, path in enumerate(sorted((pets / "train").iterdir())):  # the order stays
+        target = root / "train" / ("cat" if n < 24 else "dog") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pets_runs(pets, flat_pets, tmp_path_factory):
+    sgan = ["sgan_catsdogs", *PETS, "--epochs", 1]
+    jobs = {"sgan": [*sgan, *pet_folders(pets)], "again": [*sgan, *pet_folders(pets)],
+            "other seed": [*sgan, *pet_folders(pets), "--seed", 1],
+            "relabeled": [*sgan, *pet_folders(pets), "--unlabeled-dir", flat_pets / "train"],
+            "flat": [*sgan, *pet_folders(flat_pets)],
+            "supervised": [*sgan, *pet_folders(pets), "--supervised-only",
+                           "--unlabeled-dir", "nowhere"]}
+    return Runs(jobs, tmp_path_factory.mktemp("pets_runs"))
+
+
+RUNS = [("mnist", "sgan"), ("mnist", "supervised"), ("svhn", "sgan"), ("svhn", "supervised"),
+        ("pets", "sgan"), ("pets", "supervised"), ("pets", "flat")]
+
+
+@pytest.fixture(params=RUNS, ids="-".join)
+def run(request):
+    """Each whole run in turn, with what is to be expected of it."""
+    data, key = request.param
+    run = request.getfixturevalue(f"{data}_runs")[key]
+    run.data, run.data_dir = data, request.getfixturevalue(data)
+    run.script = {"mnist": "sgan_mnist", "svhn": "sgan_svhn", "pets": "sgan_catsdogs"}[data]
+    run.method = "supervised" if key == "supervised" else "sgan"
+    run.num_classes = {"pets": 3 if key == "flat" else 2}.get(data, 10)
+    run.epochs = 2 if data == "mnist" else 1
+    if key == "flat":
+        run.data_dir = request.getfixturevalue("flat_pets")
+    return run
+
+
+def test_run_ends_with_its_result(run):
+    results = run.results
+    assert results == json.loads((run.folder / "results.json").read_text())
+    assert set(results) == {
+        "script", "method", "num_labeled", "seed", "split_seed", "epochs", "steps", "val_accuracy",
+        "test_accuracy", "test_accuracy_best_val", "seconds", "peak_memory_mib", "device", "torch",
+        *(["image_size"] if run.data == "pets" else [])}
+    args = json.loads((run.folder / "args.json").read_text())
+    assert (results["script"], results["method"]) == (run.script, run.method)
+    assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
+    assert results["split_seed"] == (None if run.data == "pets" else args["split_seed"])
+    assert results["seed"] == args["seed"]
+    assert results["epochs"] == args["epochs"] == run.epochs
+    steps = {"mnist": 500 // 50, "svhn": 400 // 40, "pets": 48 // 16}[run.data]
+    if run.data == "pets" and run.method == "supervised":
+        steps = 100
+    assert results["steps"] == run.epochs * steps
+    assert results["device"] == "cpu" and results["torch"] == torch.__version__
+    assert 0 < results["seconds"] < 300
+    name = [run.script, run.method, f"n{results['num_labeled']}", f"seed{results['seed']}"]
+    assert set(name) < set(run.folder.name.split("__"))
+    assert run.stderr == ""  # so no progress bar either, where nobody looks at it
+
+
+def test_run_writes_metrics(run):
+    columns = {"step", "epoch", "seconds", "loss/lab", "val_loss", "val_accuracy", "val_loss_ema",
+               "val_accuracy_ema", "images_per_s"}
+    if run.method == "sgan":
+        columns |= {"loss/unl", "loss/fake", "loss/g", "monitor/p_real_unl", "monitor/p_real_fake"}
+    assert len(run.rows) == run.epochs
+    for n, row in enumerate(run.rows):
+        assert columns <= set(row)
+        assert all(name.startswith(("loss/", "monitor/")) for name in set(row) - columns)
+        assert run.method == "sgan" or set(row) == columns
+        numbers = {column: float(number) for column, number in row.items()}
+        assert all(map(math.isfinite, numbers.values()))
+        assert numbers["epoch"] == n + 1
+        assert numbers["step"] == (n + 1) * run.results["steps"] / run.epochs
+        assert all(0 <= numbers[column] <= 1 for column in columns
+                   if "accuracy" in column or "monitor" in column)
+    assert float(run.rows[-1]["val_accuracy_ema"]) == run.results["val_accuracy"]
+
+
+def test_run_writes_pictures(run):
+    for name in ("curves.png", "confusion.png", "predictions.png"):
+        with Image.open(run.folder / name) as image:
+            assert image.format == "PNG" and image.width > 150 and image.height > 150
+            assert image.convert("L").getextrema()[0] < 100  # something is drawn on the white
+    samples = sorted(path.name for path in (run.folder / "samples").iterdir())
+    epochs = range(1, run.epochs + 1) if run.method == "sgan" else []
+    assert samples == [f"epoch_{epoch:03d}.png" for epoch in epochs]
+    for name in samples:
+        with Image.open(run.folder / "samples" / name) as image:
+            side = {"mnist": 10 * (28 + 2), "svhn": 10 * (32 + 2), "pets": 8 * (32 + 2)}[run.data]
+            assert image.size == (side + 2, side + 2)
+    files = {"args.json", "metrics.csv", "results.json", "curves.png", "confusion.png",
+             "predictions.png", "best.pt", "final.pt", "samples"}
+    assert {path.name for path in run.folder.iterdir()} == files  # nothing half written
+
+
+def held_out(run, part):
+    """Images in [0, 1] and labels of a part of the run's data, read without the script."""
+    if run.data == "mnist":
+        raw = run.data_dir / "MNIST/raw"
+        x = np.frombuffer((raw / "t10k-images-idx3-ubyte").read_bytes()[16:], np.uint8)
+        y = np.frombuffer((raw / "t10k-labels-idx1-ubyte").read_bytes()[8:], np.uint8)
+        return torch.from_numpy(x.reshape(-1, 1, 28, 28) / np.float32(255)), y.astype(int)
+    if run.data == "svhn":
+        data = loadmat(run.data_dir / "SVHN/test_32x32.mat")
+        x = data["X"].transpose(3, 2, 0, 1) / np.float32(255)
+        return torch.from_numpy(np.ascontiguousarray(x)), data["y"].flatten().astype(int) % 10
+    files = sorted((run.data_dir / part).rglob("*.jpg"))
+    names = [path.name[:3] if path.parent.name == part else path.parent.name for path in files]
+    x = torch.cat([x for x, _ in dali_loader(files, None, 16, 32, CPU)])
+    return x, np.unique(names, return_inverse=True)[1]
+
+
+def logits_of(run, weights, x, batch_size):
+    module = importlib.import_module(run.script)
+    size = (run.num_classes, 32) if run.data == "pets" else ()
+    classifier = module.Classifier(*size).to(memory_format=torch.channels_last).eval()
+    classifier.load_state_dict(weights)
+    with torch.no_grad(), bf16_autocast(CPU):
+        return torch.cat([classifier(batch)[0].float() for batch in x.split(batch_size)])
+
+
+def test_accuracies_are_those_of_the_saved_weights(run):
+    x, y = held_out(run, "test")
+    batch_size = 16 if run.data == "pets" else 1000
+    for checkpoint, name in ((run.final, "test_accuracy"), (run.best, "test_accuracy_best_val")):
+        guesses = logits_of(run, checkpoint["classifier"], x, batch_size).argmax(dim=1).numpy()
+        assert run.results[name] == pytest.approx(np.mean(guesses == y), abs=1e-9)
+    assert run.final["weights"] == "ema" and run.final["epoch"] == run.epochs
+
+
+def test_best_checkpoint_is_the_best_on_validation(run):
+    scores = [(float(row[column]), weights, int(row["epoch"])) for row in run.rows
+              for column, weights in (("val_accuracy", "raw"), ("val_accuracy_ema", "ema"))]
+    first_best = max(scores, key=lambda score: score[0])
+    best = run.best["val_accuracy"], run.best["weights"], run.best["epoch"]
+    assert best == first_best
+
+
+@pytest.mark.parametrize("key", ["sgan", "supervised", "flat"])
+def test_pets_checkpoint_tells_how_to_use_it(pets_runs, key):
+    run = pets_runs[key]
+    names = ["cat", "dog", "zebra"] if key == "flat" else ["cat", "dog"]
+    for checkpoint in (run.best, run.final):
+        assert checkpoint["class_names"] == names and checkpoint["image_size"] == 32
+
+
+def test_validation_loss_is_that_of_the_saved_weights(pets_runs, pets):
+    run = pets_runs["sgan"]
+    run = SimpleNamespace(**vars(run), data="pets", data_dir=pets, script="sgan_catsdogs",
+                          num_classes=2)
+    x, y = held_out(run, "val")
+    log_p = logits_of(run, run.final["classifier"], x, 16).double().log_softmax(dim=1)
+    loss = -log_p[torch.arange(len(y)), torch.from_numpy(y)].mean().item()
+    assert float(run.rows[-1]["val_loss_ema"]) == pytest.approx(loss, rel=1e-4)
+
+
+@pytest.mark.parametrize("key", ["sgan", "supervised"])
+def test_stripes_are_learned(mnist_runs, key):
+    # ten equally frequent classes: 10% by chance; 20 steps on 100 labels are to do much better
+    assert mnist_runs[key].results["test_accuracy"] > 0.4
+    assert mnist_runs[key].results["test_accuracy_best_val"] > 0.4
+
+
+# ================================ what a run depends on, bit for bit ==============================
+
+
+def flatten(state, name=""):
+    """Nested dictionaries of a checkpoint as one, name -> tensor or value."""
+    if not isinstance(state, dict):
+        return {name: state}
+    return {k: v for key, part in state.items() for k, v in flatten(part, f"{name}.{key}").items()}
+
+
+def same_bits(a, b):
+    """Whether two checkpoints are equal in every bit of every tensor."""
+    a, b = flatten(a), flatten(b)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+
+
+def untimed(run):
+    return [{column: number for column, number in row.items()
+             if column not in ("seconds", "images_per_s")} for row in run.rows]
+
+
+@pytest.mark.parametrize("data", ["mnist", "pets"])
+def test_seed_fixes_a_run_bit_for_bit(data, request):
+    runs = request.getfixturevalue(f"{data}_runs")
+    first, again, other = runs["sgan"], runs["again"], runs["other seed"]
+    assert untimed(again) == untimed(first)
+    assert same_bits(again.final, first.final)
+    assert same_bits(again.best, first.best)
+    assert again.results["test_accuracy"] == first.results["test_accuracy"]
+    assert untimed(other)[0]["loss/lab"] != untimed(first)[0]["loss/lab"]
+    assert not same_bits(other.final["classifier"], first.final["classifier"])
+
+
+@pytest.mark.parametrize("data", ["mnist", "pets"])
+def test_labels_of_unlabeled_images_do_not_matter(data, request):
+    runs = request.getfixturevalue(f"{data}_runs")
+    assert untimed(runs["relabeled"]) == untimed(runs["sgan"])
+    assert same_bits(runs["relabeled"].final, runs["sgan"].final)
+
+
+# ====================================== inside the training step ==================================
+# Two steps on images that tell their role by their brightness: labeled ones are bright, unlabeled
+# ones dark, and those of an untrained generator in between.
+
+
+@pytest.fixture(scope="session")
+def tones(tmp_path_factory):
+    """Data directories of the three scripts: {name: flags}."""
+    root = tmp_path_factory.mktemp("tones")
+    rng = np.random.default_rng(0)
+    y = rng.integers(10, size=300)
+    # sizes as the scripts draw them: 10 labeled, half of the others for validation
+    labeled, _, _ = balanced_split(torch.from_numpy(y), 10, 145, 10, seed=0)
+    x = rng.integers(10, 30, (300, 32, 32, 3))
+    x[labeled] = rng.integers(225, 245, (10, 32, 32, 3))
+    write_mnist(root, x[:, :28, :28, 0], y, x[:20, :28, :28, 0], y[:20])
+    write_svhn(root, x.astype(np.uint8), y, x[:20].astype(np.uint8), y[:20])
+    for part, names in {"labeled": ("cat", "dog"), "val": ("cat", "dog"), "test": ("cat", "dog"),
+                        "train": ("",)}.items():
+        for n in range(40):
+            folder = root / part / names[n % len(names)]
+            folder.mkdir(parents=True, exist_ok=True)
+            image = x[labeled[n % 10] if part == "labeled" else -1 - n].astype(np.uint8)
+            Image.fromarray(image).save(folder / f"{n:02d}.jpg")
+    flags = ["--device", "cpu", "--dry-run", "--batch-size", 20]
+    data = ["--data-dir", root, "--num-labeled", 10, "--gan-weight", 0.7,
+            "--consistency-weight", 0.4]
+    return {"sgan_mnist": [*flags, *data], "sgan_svhn": [*flags, *data],
+            "sgan_catsdogs": [*flags, *pet_folders(root), "--image-size", 32]}
+
+
+def copied(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def gradients(network):
+    return {name: None if p.grad is None else p.grad.clone()
+            for name, p in network.named_parameters()}
+
+
+def changed(before, after):
+    """Names of the tensors that are not the same bit for bit, None included."""
+    return {name for name, old in before.items()
+            if (old is None) != (after[name] is None)
+            or (old is not None and not torch.equal(old, after[name]))}
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def watched(request, tones, tmp_path_factory):
+    """A dry run, watched through torch's global hooks: its forward passes and its updates.
+
+    passes: of the classifier in training mode, with the mean of its input ("tone"), its outputs,
+    the gradient that came back to its logits, the batch-norm buffers that it moved, and which
+    images the EMA classifier was sure of in the pass before, and its guesses ("teacher").
+    updates: the network they belong to, the names of the weights of both networks that they moved
+    and of the gradients that changed since the update before, and the classifier's state after.
+    """
+    name = request.param
+    networks, passes, updates, teacher = {}, [], [], [None]
+    script = importlib.import_module(name)
+
+    def before_forward(module, inputs):
+        if module.training and isinstance(module, (script.Classifier, script.Generator)):
+            if type(module).__name__ not in networks:  # seen first in the first step, untrained
+                networks[type(module).__name__] = module
+                module.at_first = copied(module.state_dict().items())
+                module.latest = gradients(module)
+            module.buffers_before = copied(module.named_buffers())
+
+    def after_forward(module, inputs, outputs):
+        if isinstance(module, script.Classifier) and not module.training:
+            # nobody is sure of anything in two steps: let the teacher be of half of its guesses
+            p, guess = outputs[0].float().softmax(dim=1).max(dim=1)
+            script.CONFIDENCE = p.median().item()
+            teacher.append((p > script.CONFIDENCE, guess))
+        elif isinstance(module, script.Classifier):
+            logits, features = outputs
+            moved = changed(module.buffers_before, dict(module.named_buffers()))
+            seen = SimpleNamespace(
+                tone=inputs[0].mean().item(), logits=logits.detach().float(), grad=None,
+                features=features.detach().float(), for_generator=inputs[0].requires_grad,
+                teacher=teacher[-1],
+                moved={n for n in moved if not n.endswith("num_batches_tracked")})
+            passes.append(seen)
+            logits.register_hook(lambda grad: setattr(seen, "grad", grad.float()))
+
+    def before_update(optimizer, args, kwargs):
+        update = SimpleNamespace(
+            of=next(n for n, net in networks.items()
+                    if next(net.parameters()) is optimizer.param_groups[0]["params"][0]),
+            new_gradients={n: changed(net.latest, gradients(net)) for n, net in networks.items()})
+        updates.append(update)
+        for network in networks.values():
+            network.latest = gradients(network)
+            network.weights_before = copied(network.named_parameters())
+
+    def after_update(optimizer, args, kwargs):
+        updates[-1].moved = {n: changed(net.weights_before, dict(net.named_parameters()))
+                             for n, net in networks.items()}
+        updates[-1].state = copied(networks["Classifier"].state_dict().items())
+
+    handles = [register_module_forward_pre_hook(before_forward),
+               register_module_forward_hook(after_forward),
+               register_optimizer_step_pre_hook(before_update),
+               register_optimizer_step_post_hook(after_update)]
+    out_dir = tmp_path_factory.mktemp("watched") / "runs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "CONFIDENCE", None, raising=False)  # after_forward sets it
+        try:
+            call_main(name, *tones[name], "--out-dir", out_dir)
+        finally:
+            for handle in handles:
+                handle.remove()
+    [folder] = out_dir.iterdir()
+    with open(folder / "metrics.csv", newline="") as f:
+        [row] = csv.DictReader(f)
+    args = json.loads((folder / "args.json").read_text())
+    return SimpleNamespace(name=name, passes=passes, updates=updates, networks=networks, row=row,
+                           gan_weight=args.get("gan_weight", 1.0),
+                           consistency_weight=args.get("consistency_weight", 0.0),
+                           final=torch.load(folder / "final.pt", weights_only=True),
+                           results=json.loads((folder / "results.json").read_text()))
+
+
+def kind(seen):
+    """Which images a pass was given, told by their mean brightness."""
+    return "unlabeled" if seen.tone < 0.3 else "fake" if seen.tone < 0.68 else "labeled"
+
+
+def test_dry_run_takes_two_steps(watched):
+    assert watched.results["steps"] == 2
+    assert [update.of for update in watched.updates] == ["Classifier", "Generator"] * 2
+
+
+def test_labeled_unlabeled_and_fake_images_pass_apart(watched):
+    for step in (watched.passes[:4], watched.passes[4:]):
+        assert sorted(map(kind, step[:3])) == ["fake", "labeled", "unlabeled"]
+        assert kind(step[3]) == "fake"
+        assert [seen.for_generator for seen in step] == [False, False, False, True]
+
+
+def test_only_unlabeled_images_move_batch_norm_statistics(watched):
+    norms = {f"{n}.{statistic}" for n, module in watched.networks["Classifier"].named_modules()
+             if isinstance(module, torch.nn.BatchNorm2d)
+             for statistic in ("running_mean", "running_var")}
+    assert len(norms) >= 10
+    for seen in watched.passes:
+        assert seen.moved == (norms if kind(seen) == "unlabeled" else set())
+
+
+def test_each_update_moves_its_own_network_by_its_own_gradient(watched):
+    weights = {n: dict(net.named_parameters()) for n, net in watched.networks.items()}
+    for update in watched.updates:
+        other = "Generator" if update.of == "Classifier" else "Classifier"
+        assert update.moved == {update.of: set(weights[update.of]), other: set()}
+        # the backward pass has left the other network's gradients as they were, at first None
+        assert update.new_gradients[other] == set()
+        assert update.new_gradients[update.of] == set(weights[update.of])
+
+
+def test_classifier_minimises_the_losses_with_their_weights(watched):
+    for seen in watched.passes:
+        if seen.for_generator:
+            continue
+        n, p = len(seen.logits), seen.logits.double().softmax(dim=1)
+        real = seen.logits.double().exp().sum(dim=1, keepdim=True)
+        real = real / (1 + real)  # D(x)
+        grad = n * seen.grad.double()
+        if kind(seen) == "labeled":  # p - 1[y]
+            expected = p - torch.nn.functional.one_hot((p - grad).argmax(dim=1), p.shape[1])
+        else:  # 0.5 (softplus(-r))' = -0.5 (1 - D) p, and 0.5 (softplus(r))' = 0.5 D p
+            expected = watched.gan_weight * 0.5 * (real if kind(seen) == "fake" else real - 1) * p
+        if kind(seen) == "unlabeled" and watched.consistency_weight:
+            sure, guess = seen.teacher
+            wish = torch.nn.functional.one_hot(guess, p.shape[1])
+            expected = expected + watched.consistency_weight * sure[:, None] * (p - wish)
+        # the logits and their gradient may be bfloat16, of 8 bits
+        torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
+
+
+def test_logged_losses_are_those_of_the_outputs(watched):
+    logged = {}
+    for step in (watched.passes[:4], watched.passes[4:]):
+        unlabeled = next(seen for seen in step if kind(seen) == "unlabeled")
+        fake = next(seen for seen in step if kind(seen) == "fake")
+        gap = unlabeled.features.double().mean(dim=0) - step[3].features.double().mean(dim=0)
+        z_unl, z_fake, z_gen = (seen.logits.double().exp().sum(dim=1)
+                                for seen in (unlabeled, fake, step[3]))
+        values = {"loss/unl": (1 / z_unl).log1p().mean(), "loss/fake": z_fake.log1p().mean(),
+                  "loss/g": gap.square().mean(),
+                  "monitor/p_real_unl": (z_unl / (1 + z_unl)).mean(),
+                  "monitor/p_real_fake": (z_fake / (1 + z_fake)).mean()}
+        if watched.name == "sgan_catsdogs":
+            values["loss/fm"] = values["loss/g"]
+            values["loss/g"] = values["loss/fm"] + (1 / z_gen).log1p().mean()
+        if watched.consistency_weight:
+            sure, guess = unlabeled.teacher
+            log_p = unlabeled.logits.double().log_softmax(dim=1)
+            values["loss/con"] = -(sure * log_p[torch.arange(len(guess)), guess]).mean()
+            values["monitor/sure"] = sure.double().mean()
+        for name, value in values.items():
+            logged[name] = logged.get(name, 0) + value.item() / 2
+    assert set(logged) | {"loss/lab"} == {
+        name for name in watched.row if name.startswith(("loss/", "monitor/"))}
+    assert 0 < logged.get("monitor/sure", 0.5) < 1
+    for name, value in logged.items():
+        assert float(watched.row[name]) == pytest.approx(value, rel=1e-4, abs=1e-7), name
+
+
+def test_final_weights_are_the_moving_average(watched):
+    average = watched.networks["Classifier"].at_first
+    for step, update in enumerate(watched.updates[1::2], 1):
+        decay = (1 + step) / (10 + step)  # at these first steps below its limit
+        for name, now in update.state.items():
+            average[name] = (decay * average[name].double() + (1 - decay) * now.double()
+                             if now.is_floating_point() else now)
+    for name, weights in watched.final["classifier"].items():
+        torch.testing.assert_close(weights.double(), average[name].double(), rtol=1e-5, atol=1e-6)
+    generator = copied(watched.networks["Generator"].state_dict().items())
+    assert same_bits(watched.final["generator"], generator)
+
+
+def build_classifier(name):
+    script = importlib.import_module(name)
+    torch.manual_seed(0)
+    if name == "sgan_catsdogs":
+        return script, script.Classifier(2, 32), torch.rand(2, 16, 3, 32, 32)
+    return script, script.Classifier(), torch.rand(
+        2, 16, *((1, 28, 28) if name == "sgan_mnist" else (3, 32, 32)))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_batch_norm_statistics_stand_still_when_off_and_average_when_on(name):
+    script, classifier, (x, x_other) = build_classifier(name)
+    norm = next(m for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out.clone())))
+
+    script.update_batch_norm_statistics(classifier, False)
+    buffers = {n: b.clone() for n, b in classifier.named_buffers() if "running" in n}
+    classifier(x)
+    classifier(3 * x_other - 1)
+    assert changed(buffers, dict(classifier.named_buffers())) == set()
+    for x_in, x_out in seen:  # yet each batch is normalised by itself
+        variance, mean = torch.var_mean(x_in, dim=(0, 2, 3), correction=0, keepdim=True)
+        torch.testing.assert_close(x_out, (x_in - mean) / (variance + norm.eps).sqrt(),
+                                   rtol=1e-3, atol=1e-4)
+
+    script.update_batch_norm_statistics(classifier, True)
+    classifier(x)
+    torch.testing.assert_close(norm.running_mean, 0.1 * seen[0][0].mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * seen[0][0].var(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_networks_have_the_promised_shapes(name):
+    script, classifier, (x, _) = build_classifier(name)
+    generator = script.Generator(32) if name == "sgan_catsdogs" else script.Generator()
+    images = generator(torch.randn(16, script.LATENT_DIM))
+    assert images.shape == x.shape
+    assert images.min() >= 0 and images.max() <= 1
+    logits, features = classifier(images)
+    assert logits.shape == (16, 2 if name == "sgan_catsdogs" else 10)
+    assert features.shape == (16, 512 if name == "sgan_catsdogs" else 128)
+
+
+@pytest.mark.parametrize("image_size", [64, 224])
+def test_pets_generator_grows_with_the_image_size(image_size):
+    script = importlib.import_module("sgan_catsdogs")
+    images = script.Generator(image_size)(torch.randn(2, script.LATENT_DIM))
+    assert images.shape == (2, 3, image_size, image_size)
+    logits, features = script.Classifier(5, image_size)(images)
+    assert logits.shape == (2, 5) and features.shape == (2, 512)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_augmentation_differs_by_image_and_lets_the_gradient_through(name):
+    script, _, (x, _) = build_classifier(name)
+    x = x[:1].repeat(16, 1, 1, 1).requires_grad_()
+    out = script.augment(x)
+    assert out.shape == x.shape
+    assert len({tuple(image.flatten().tolist()) for image in out}) > 8
+    out.sum().backward()
+    assert (x.grad.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_svhn_augmentation_moves_by_whole_pixels_and_repeats_the_border():
+    script, _, (x, _) = build_classifier("sgan_svhn")
+    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
+    shifted = {(dy, dx): padded[:, :, dy:dy + 32, dx:dx + 32] for dy in range(5) for dx in range(5)}
+    found = set()
+    for n, image in enumerate(script.augment(x)):
+        [shift] = [key for key, images in shifted.items() if torch.equal(image, images[n])]
+        found.add(shift)
+    assert len(found) > 5
+
+
+# ============================================ flags ===============================================
+
+COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
+                "--batch-size", "--lr", "--split-seed"]
+DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--gan-weight", "--consistency-weight"]
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS], "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS],
+         "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
+                           "--test-dir", "--image-size", "--lr-generator", "--prepare",
+                           "--download", "--demo"]}
+
+
+@pytest.mark.parametrize("name", FLAGS)
+def test_help_shows_each_flag_with_its_default(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_main(name, "--help")
+    assert stop.value.code == 0
+    parts = re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
+    described = {re.match(r"(?:-h, )?(--[\w-]+)", part)[1]: " ".join(part.split())
+                 for part in parts}
+    assert set(described) == {"--help", *FLAGS[name]}
+    for flag in FLAGS[name]:
+        assert "(default: " in described[flag], flag
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dry_run_of_the_baseline_takes_two_steps(name, tones, tmp_path, capsys):
+    call_main(name, *tones[name], "--supervised-only", "--out-dir", tmp_path)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert result["steps"] == 2 and result["method"] == "supervised"
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_dry_run_does_with_a_single_batch(name, tones, tmp_path, capsys):
+    batch_size = 40 if name == "sgan_catsdogs" else 155  # all unlabeled images
+    call_main(name, *tones[name], "--batch-size", batch_size, "--out-dir", tmp_path)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert 1 <= result["steps"] <= 2
+
+
+def test_all_labels_leave_none_for_validation(mnist, tmp_path, capsys):
+    call_main("sgan_mnist", *MNIST, "--data-dir", mnist, "--num-labeled", 900, "--dry-run",
+              "--out-dir", tmp_path)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert result["num_labeled"] == 900 and result["val_accuracy"] is None
+    assert 0 <= result["test_accuracy"] <= 1 and 0 <= result["test_accuracy_best_val"] <= 1
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", [[], ["--supervised-only"]])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_run_on_the_gpu(name, method, tones, tmp_path):
+    run = Runs({"gpu": [name, *tones[name], *method, "--device", "cuda"]}, tmp_path)["gpu"]
+    assert run.results["device"] == torch.cuda.get_device_name()
+    assert 0 < run.results["peak_memory_mib"] < 10_000
+    assert all(math.isfinite(float(number)) for number in run.rows[0].values())
+
+
+# ========================================== bad input =============================================
+
+
+def assert_refused(capsys, words, tmp_path, name, *flags):
+    """Exit status 2, one sentence on stderr that names the trouble, and no run folder."""
+    with pytest.raises(SystemExit) as stop:
+        call_main(name, *flags, "--dry-run", "--out-dir", tmp_path / "runs")
+    message = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert message.startswith("error: ") and len(message.splitlines()) == 1
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "runs").exists()
+
+
+BAD_FLAGS = {
+    "epochs zero": (["--epochs", 0], "--epochs"),
+    "epochs negative": (["--epochs", -3], "--epochs"),
+    "batch size zero": (["--batch-size", 0], "--batch-size"),
+    "batch size negative": (["--batch-size", -1], "--batch-size"),
+    "batch size one": (["--batch-size", 1], "--batch-size"),
+    "batch size over all": (["--batch-size", 100_000], "--batch-size"),
+    "lr zero": (["--lr", 0], "--lr"),
+    "lr negative": (["--lr", -1e-3], "--lr"),
+    "lr nan": (["--lr", "nan"], "--lr"),
+    "seed negative": (["--seed", -1], "--seed"),
+    "split seed negative": (["--split-seed", -1], "--split-seed"),
+}
+BAD_NUM_LABELED = {"num labeled 15": (15, "15"), "num labeled zero": (0, "0"),
+                   "num labeled negative": (-10, "-10"), "num labeled too many": (100_000, "900")}
+BAD_PETS_FLAGS = {
+    "image size 48": (["--image-size", 48], "--image-size"),
+    "image size zero": (["--image-size", 0], "--image-size"),
+    "image size negative": (["--image-size", -32], "--image-size"),
+    "lr generator zero": (["--lr-generator", 0], "--lr-generator"),
+    "no labeled folder": (["--labeled-dir", "nowhere"], "--labeled-dir nowhere"),
+    "no unlabeled folder": (["--unlabeled-dir", "nowhere"], "--unlabeled-dir nowhere"),
+    "no val folder": (["--val-dir", "nowhere"], "--val-dir nowhere"),
+    "no test folder": (["--test-dir", "nowhere"], "--test-dir nowhere"),
+    "no source": (["--prepare", "nowhere"], "--prepare nowhere"),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("flags, word", BAD_FLAGS.values(), ids=BAD_FLAGS)
+def test_bad_flags_are_refused(name, flags, word, mnist, svhn, pets, tmp_path, capsys):
+    data = {"sgan_mnist": [*MNIST, "--data-dir", mnist], "sgan_svhn": [*SVHN, "--data-dir", svhn],
+            "sgan_catsdogs": [*PETS, *pet_folders(pets)]}
+    assert_refused(capsys, [word], tmp_path, name, *data[name], *flags)
+
+
+@pytest.mark.parametrize("num_labeled, word", BAD_NUM_LABELED.values(), ids=BAD_NUM_LABELED)
+def test_bad_number_of_labels_is_refused(num_labeled, word, mnist, tmp_path, capsys):
+    assert_refused(capsys, ["--num-labeled", word], tmp_path, "sgan_mnist", *MNIST,
+                   "--data-dir", mnist, "--num-labeled", num_labeled)
+
+
+@pytest.mark.parametrize("flags, word", BAD_PETS_FLAGS.values(), ids=BAD_PETS_FLAGS)
+def test_bad_flags_for_pets_are_refused(flags, word, pets, tmp_path, capsys):
+    folders = [] if "--prepare" in flags else pet_folders(pets)
+    assert_refused(capsys, [word], tmp_path, "sgan_catsdogs", *PETS, *folders, *flags)
+
+
+def emptied(folder):
+    for path in folder.iterdir():
+        path.unlink()
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+BAD_PETS = {  # what is done to the folders, and the words of the message
+    "empty labeled folder": (lambda root: (shutil.rmtree(root / "labeled"),
+                                           (root / "labeled").mkdir()), ["--labeled-dir"]),
+    "empty unlabeled folder": (lambda root: emptied(root / "train"), ["--unlabeled-dir"]),
+    "empty class": (lambda root: emptied(root / "labeled/dog"), ["--labeled-dir", "dog"]),
+    "one class only": (lambda root: shutil.rmtree(root / "labeled/dog"), ["--labeled-dir", "cat"]),
+    "validation class never seen": (lambda root: (root / "val/dog").rename(root / "val/cow"),
+                                    ["--val-dir", "cow"]),
+    "test class never seen": (lambda root: (root / "test/dog").rename(root / "test/cow"),
+                              ["--test-dir", "cow"]),
+    "text instead of a labeled image": (lambda root: (root / "labeled/cat/001.jpg").write_text("x"),
+                                        ["labeled/cat/001.jpg"]),
+    "empty labeled file": (lambda root: (root / "labeled/cat/001.jpg").write_bytes(b""),
+                           ["labeled/cat/001.jpg"]),
+    "labeled image cut off": (lambda root: cut(root / "labeled/cat/001.jpg"),
+                              ["labeled/cat/001.jpg"]),
+    "name without a class": (lambda root: shutil.move(root / "labeled/cat/001.jpg",
+                                                      root / "labeled/12.jpg"), ["12.jpg"]),
+    "fewer unlabeled images than a batch": (
+        lambda root: [path.unlink() for path in sorted((root / "train").iterdir())[15:]],
+        ["--unlabeled-dir", "15", "--batch-size"]),
+}
+
+
+@pytest.mark.parametrize("damage, words", BAD_PETS.values(), ids=BAD_PETS)
+def test_bad_folders_are_refused(damage, words, pets, tmp_path, capsys):
+    shutil.copytree(pets, tmp_path / "pets")
+    damage(tmp_path / "pets")
+    assert_refused(capsys, words, tmp_path, "sgan_catsdogs", *PETS, *pet_folders(tmp_path / "pets"))
+
+
+def test_files_that_are_no_images_are_left_out_of_the_unlabeled(pets, tmp_path, capsys):
+    train = tmp_path / "train"
+    shutil.copytree(pets / "train", train)
+    (train / "00003.jpg").write_bytes(b"")
+    (train / "notes.txt").write_text("pets")
+    (train / ".hidden.jpg").write_text("not even counted")
+    call_main("sgan_catsdogs", *PETS, *pet_folders(pets), "--unlabeled-dir", train, "--dry-run",
+              "--out-dir", tmp_path / "runs")
+    output = capsys.readouterr().out
+    assert "47 unlabeled" in output and "2 files" in output and "00003.jpg" in output
+
+
+RAW = "MNIST/raw/train-images-idx3-ubyte"
+BAD_MNIST = {
+    "garbage": lambda root: (root / RAW).write_bytes(b"no digits here" * 100),
+    "empty": lambda root: (root / RAW).write_bytes(b""),
+    "cut off": lambda root: cut(root / RAW),
+    "other type": lambda root: (root / RAW).write_bytes(
+        b"\0\0\x0d" + (root / RAW).read_bytes()[3:]),  # 13: float32
+    "images are labels": lambda root: shutil.copy(root / "MNIST/raw/train-labels-idx1-ubyte",
+                                                  root / RAW),
+    "fewer labels": lambda root: write_idx(root / "MNIST/raw/train-labels-idx1-ubyte",
+                                           np.arange(800) % 10),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_MNIST.values(), ids=BAD_MNIST)
+def test_damaged_idx_files_are_refused(damage, mnist, tmp_path, capsys):
+    shutil.copytree(mnist, tmp_path / "data")
+    damage(tmp_path / "data")
+    assert_refused(capsys, [str(tmp_path / "data")], tmp_path, "sgan_mnist", *MNIST,
+                   "--data-dir", tmp_path / "data")
+
+
+BAD_SVHN = {
+    "garbage": lambda path: path.write_bytes(b"no digits here" * 100),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": cut,
+    "no labels": lambda path: savemat(path, {"X": np.zeros((32, 32, 3, 30), np.uint8)}),
+    "images first": lambda path: savemat(path, {"X": np.zeros((30, 32, 32, 3), np.uint8),
+                                                "y": np.ones((30, 1))}),
+    "float images": lambda path: savemat(path, {"X": np.zeros((32, 32, 3, 30)),
+                                                "y": np.ones((30, 1))}),
+    "fewer labels": lambda path: savemat(path, {"X": np.zeros((32, 32, 3, 30), np.uint8),
+                                                "y": np.ones((29, 1))}),
+}
+
+
+@pytest.mark.parametrize("damage", BAD_SVHN.values(), ids=BAD_SVHN)
+def test_damaged_mat_files_are_refused(damage, svhn, tmp_path, capsys):
+    shutil.copytree(svhn, tmp_path / "data")
+    path = tmp_path / "data/SVHN/train_32x32.mat"
+    damage(path)
+    assert_refused(capsys, [str(path)], tmp_path, "sgan_svhn", *SVHN,
+                   "--data-dir", tmp_path / "data")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_cuda_without_a_gpu_is_refused(name, tmp_path, capsys):
+    assert_refused(capsys, ["--device cuda"], tmp_path, name, "--device", "cuda")
+
+
+def test_refusals_and_failures_of_real_processes(mnist, tmp_path):
+    """What the tests above see in this process is what a shell sees."""
+    flags = ["--data-dir", mnist, *MNIST, "--lr", 1e30, "--batch-size", 500, "--epochs", 3,
+             "--supervised-only"]
+    runs = Runs({"sgan_mnist": ["sgan_mnist", "--data-dir", mnist, "--num-labeled", 15],
+                 "sgan_catsdogs": ["sgan_catsdogs", "--labeled-dir", "nowhere"],
+                 "lost": ["sgan_mnist", *flags]}, tmp_path).completed
+    lost = runs.pop("lost")
+    for name, word in (("sgan_mnist", "--num-labeled"),
+                       ("sgan_catsdogs", "--labeled-dir nowhere")):
+        assert runs[name].returncode == 2
+        assert len(runs[name].stderr.splitlines()) == 1
+        assert runs[name].stderr.startswith("error: ") and word in runs[name].stderr
+        assert runs[name].stdout == "" and list((tmp_path / name).iterdir()) == []
+
+    # One step an epoch: the first loss is finite, that of the weights it leads to is not.
+    assert lost.returncode == 1
+    assert len(lost.stderr.splitlines()) == 1
+    assert re.match(r"stopped: loss/lab is (nan|inf) at step 2;", lost.stderr)
+    assert "RESULT" not in lost.stdout
+    [folder] = (tmp_path / "lost" / "runs").iterdir()
+    assert not (folder / "results.json").exists() and not (folder / "final.pt").exists()
+    assert torch.load(folder / "best.pt", weights_only=True)["epoch"] == 1
+
+
+# =================================== making the four folders ======================================
+
+CLASSES = ("cat", "dog")
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory):
+    """1,060 tiny photos a class, in Kaggle's flat layout and in that of PetImages; one is damaged.
+
+    They are hard links to a few files: names of their own, so that a draw shows in them.
+    """
+    root = tmp_path_factory.mktemp("archives")
+    rng = np.random.default_rng(0)
+    for i in range(8):
+        image = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        image.save(root / f"{i}.jpg")
+    for name in CLASSES:
+        (root / "PetImages" / name.capitalize()).mkdir(parents=True)
+        (root / "kaggle").mkdir(exist_ok=True)
+        for i in range(1060):
+            os.link(root / f"{i % 8}.jpg", root / "kaggle" / f"{name}.{i}.jpg")
+            os.link(root / f"{i % 8}.jpg", root / "PetImages" / name.capitalize() / f"{i}.jpg")
+    for path in (root / "kaggle/cat.666.jpg", root / "PetImages/Cat/666.jpg"):
+        path.unlink()
+        path.write_bytes(b"")  # as there are in Microsoft's archive
+    return root
+
+
+def drawn(source, root, split_seed):
+    """Run --prepare: {folder: its links, sorted, and the files that they lead to}."""
+    call_main("sgan_catsdogs", "--prepare", source, "--split-seed", split_seed,
+              *pet_folders(root))
+    parts = {}
+    for part in ("labeled", "val", "test", "train"):
+        links = sorted(path for path in (root / part).rglob("*") if path.is_file())
+        parts[part] = links, [path.resolve() for path in links]
+    return parts
+
+
+def class_in_archive(path):
+    """The class of a photo by its place in either archive."""
+    return path.name.split(".")[0] if path.parent.name == "kaggle" else path.parent.name.lower()
+
+
+@pytest.mark.parametrize("layout", ["kaggle", "PetImages"])
+def test_prepare_draws_balanced_disjoint_folders(layout, archives, tmp_path, capsys):
+    source = archives / layout
+    parts = drawn(source, tmp_path, split_seed=3)
+    sizes = {part: len(links) for part, (links, _) in parts.items()}
+    assert sizes == {"labeled": 100, "val": 1000, "test": 1000, "train": 19}
+    originals = [path for _, files in parts.values() for path in files]
+    everything = {path for path in source.rglob("*.jpg") if path.stat().st_size}
+    assert len(set(originals)) == len(originals) and set(originals) == everything
+    assert "1 file" in capsys.readouterr().out  # the damaged one is spoken of
+    for part in ("labeled", "val", "test"):
+        links, files = parts[part]
+        assert [path.parent.name for path in links] == [class_in_archive(path) for path in files]
+        assert [path.parent.name for path in links].count("dog") == len(links) / 2
+    links, files = parts["train"]
+    assert all(re.fullmatch(r"\d{5}\.jpg", path.name) for path in links)  # tells no class
+    classes = [class_in_archive(path) for path in files]
+    assert classes.count("cat") == 9  # 1,059 - 50 - 500 - 500, one of 1,060 being damaged
+    assert classes != sorted(classes) and classes != sorted(classes, reverse=True)
+    record = json.loads((tmp_path / "labeled.json").read_text())
+    assert record["split_seed"] == 3 and record["source"] == str(source)
+    assert sorted(source / name for name in record["files"]) == sorted(parts["labeled"][1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "labeled", "labeled.json", "test", "train", "val"]
+
+
+def test_prepare_is_fixed_by_its_seed(archives, tmp_path):
+    first, again, other = (drawn(archives / "kaggle", tmp_path / str(n), seed)
+                           for n, seed in enumerate((0, 0, 1)))
+    for part in first:
+        assert [path.name for path in again[part][0]] == [path.name for path in first[part][0]]
+        assert again[part][1] == first[part][1]
+        assert set(other[part][1]) != set(first[part][1])
+
+
+def test_prepared_folders_train_and_give_their_seed_to_the_result(archives, tmp_path, capsys):
+    drawn(archives / "PetImages", tmp_path, split_seed=3)
+    call_main("sgan_catsdogs", "--device", "cpu", *pet_folders(tmp_path), "--image-size", 32,
+              "--batch-size", 8, "--dry-run", "--out-dir", tmp_path / "runs")
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert result["split_seed"] == 3 and result["num_labeled"] == 100
+    [folder] = (tmp_path / "runs").iterdir()
+    assert "split3" in folder.name.split("__")
+
+
+@pytest.mark.parametrize("part", ["labeled", "val", "test", "train"])
+def test_prepare_leaves_existing_folders_alone(part, archives, tmp_path, capsys):
+    (tmp_path / part).mkdir()
+    (tmp_path / part / "mine.txt").write_text("")
+    assert_refused(capsys, [str(tmp_path / part), "exists"], tmp_path, "sgan_catsdogs",
+                   "--prepare", archives / "kaggle", *pet_folders(tmp_path))
+    assert list(tmp_path.iterdir()) == [tmp_path / part]
+    assert [path.name for path in (tmp_path / part).iterdir()] == ["mine.txt"]
+
+
+def test_prepare_needs_enough_photos_of_each_class(pets, tmp_path, capsys):
+    assert_refused(capsys, ["class cat", str(pets / "test"), "15"], tmp_path, "sgan_catsdogs",
+                   "--prepare", pets / "test", *pet_folders(tmp_path / "new"))
+    assert list(tmp_path.iterdir()) == []
+
+
+# ====================================== the demo's drawings =======================================
+
+FEW = {"labeled_per_class": 2, "unlabeled": 10, "val": 4, "test": 6, "size": 32}
+
+
+def contents(root):
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.jpg"))}
+
+
+def test_drawn_data_set_has_its_counts_and_hides_labels(tmp_path):
+    draw_dataset(tmp_path / "pets", **FEW)
+    names = list(contents(tmp_path / "pets"))
+    for part, count in (("labeled", 4), ("val", 4), ("test", 6)):
+        for species in CLASSES:
+            assert sum(name.startswith(f"{part}/{species}/") for name in names) == count / 2
+    assert [name for name in names if name.startswith("train")] == [
+        f"train/{n:05d}.jpg" for n in range(10)]
+    assert len(set(contents(tmp_path / "pets").values())) == len(names) == 24  # no picture twice
+    with Image.open(tmp_path / "pets/labeled/cat/000.jpg") as image:
+        assert image.format == "JPEG" and image.size == (32, 32) and image.mode == "RGB"
+
+
+def test_drawn_data_set_is_fixed_by_its_seed(tmp_path):
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        draw_dataset(tmp_path / name, **FEW, seed=seed)
+    first, again, other = (contents(tmp_path / name) for name in ("first", "again", "other"))
+    assert again == first
+    assert not set(first.values()) & set(other.values())
+
+
+def test_interrupted_drawing_leaves_no_folder(tmp_path):
+    with pytest.raises(TypeError):
+        draw_dataset(tmp_path / "pets", **FEW | {"test": None})  # fails when all else is drawn
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_drawing_does_not_touch_an_existing_folder(tmp_path):
+    (tmp_path / "pets").mkdir()
+    with pytest.raises(FileExistsError):
+        draw_dataset(tmp_path / "pets", **FEW)
+    assert list((tmp_path / "pets").iterdir()) == []
+
+
+def test_demo_trains_on_its_drawings_and_other_flags_still_count(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    draw_dataset("data/demo", **FEW | {"unlabeled": 20})  # there already, so not drawn again
+    before = contents(tmp_path / "data")
+    call_main("sgan_catsdogs", "--demo", "--dry-run", "--device", "cpu", "--batch-size", 10,
+              "--lr", 1e-3)
+    assert contents(tmp_path / "data") == before
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert result["num_labeled"] == 4 and result["image_size"] == 32
+    [folder] = (tmp_path / "runs").iterdir()
+    args = json.loads((folder / "args.json").read_text())
+    assert (args["batch_size"], args["lr"]) == (10, 1e-3)
+    assert args["unlabeled_dir"] == "data/demo/train"
