@@ -319,6 +319,8 @@ class StepMeans:
 
     def check(self):
         """Exit status 1, with the name and step of the first value that is not finite."""
+        if self.checked == len(self.values):
+            return
         recent = torch.stack(self.values[self.checked:]).cpu()  # (steps, names)
         bad = (~recent.isfinite()).nonzero()
         if len(bad):

@@ -1,0 +1,129 @@
+"""toy_rings.py: a whole small run, the density estimate, and that the complement generator helps."""
+
+import argparse
+import csv
+import json
+
+import pytest
+import torch
+from PIL import Image, ImageSequence
+
+import common
+import toy_rings
+from tests.test_scripts import call_main, run_script
+
+METHODS = ["supervised", "fool", "feature-matching", "complement"]
+
+
+@pytest.fixture(scope="module")
+def rings_runs(tmp_path_factory):
+    """The same short run twice, and a baseline of another seed: RESULT and folder of each."""
+    runs = []
+    for flags in (["--seed", 3], ["--seed", 3], ["--seed", 4, "--supervised-only"]):
+        cwd = tmp_path_factory.mktemp("rings")
+        done = run_script("toy_rings", "--epochs", 1, "--device", "cpu", *flags, cwd=cwd)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""  # no progress bar where the output is no terminal
+        last = done.stdout.splitlines()[-1]
+        runs.append((json.loads(last.removeprefix("RESULT ")), *(cwd / "runs").iterdir()))
+    return runs
+
+
+def test_run_leaves_results_pictures_and_weights(rings_runs):
+    result, folder = rings_runs[0]
+    assert json.loads((folder / "results.json").read_text()) == result
+    assert result["script"] == "toy_rings"
+    assert (result["num_labeled"], result["seed"], result["split_seed"]) == (8, 3, 0)
+    assert (result["epochs"], result["steps"]) == (1, 16)
+    assert list(result["accuracy"]) == METHODS
+    assert all(0.3 < accuracy <= 1 for accuracy in result["accuracy"].values())
+    with Image.open(folder / "rings.png") as image:
+        assert image.width > 4 * image.height  # five panels
+    with Image.open(folder / "rings.gif") as image:
+        frames = [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image)]
+    assert len(frames) > 5
+    assert frames[0] != frames[-1]
+    with open(folder / "metrics.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    assert {row["method"] for row in rows} == set(METHODS)
+    assert {row["step"] for row in rows if row["method"] == "fool"} >= {"1", "16"}
+    weights = torch.load(folder / "final.pt", weights_only=True)
+    classifier = toy_rings.Classifier()
+    for method in METHODS:  # the test points once more, drawn and scored here
+        classifier.load_state_dict(weights[method]["classifier"])
+        data = torch.Generator().manual_seed(0)
+        toy_rings.draw_rings(toy_rings.NUM_POINTS, data)
+        x, y = toy_rings.draw_rings(toy_rings.NUM_TEST, data)
+        correct = (classifier(x)[0].argmax(dim=1) == y).float().mean().item()
+        assert correct == pytest.approx(result["accuracy"][method], abs=1e-6)
+
+
+def test_seed_fixes_the_run_bit_for_bit(rings_runs):
+    first, again, other = [torch.load(folder / "final.pt", weights_only=True)
+                           for _, folder in rings_runs]
+    for method in METHODS:
+        for net in ("classifier", "generator"):
+            for name, value in first[method][net].items():
+                assert value.equal(again[method][net][name])
+    weights, others = first["supervised"]["classifier"], other["supervised"]["classifier"]
+    assert not weights["layers.0.weight"].equal(others["layers.0.weight"])
+
+
+def test_points_lie_on_two_rings():
+    x, y = toy_rings.draw_rings(1000, torch.Generator().manual_seed(1))
+    radius = x.norm(dim=1)
+    assert y.bincount().tolist() == [500, 500]
+    assert radius[y == 0].mean().item() == pytest.approx(0.5, abs=0.01)
+    assert radius[y == 1].mean().item() == pytest.approx(1.0, abs=0.01)
+    assert radius[y == 0].max() < radius[y == 1].min()
+
+
+def test_density_is_that_of_a_sum_of_gaussians():
+    generator = torch.Generator().manual_seed(2)
+    data = torch.rand(20, 2, generator=generator)
+    points = torch.rand(7, 2, generator=generator)
+    h = toy_rings.BANDWIDTH
+    for point, log_p in zip(points, toy_rings.log_density(points, data)):
+        squares = [(point - center).double().square().sum() for center in data]
+        total = sum(torch.exp(-square / (2 * h**2)) for square in squares)
+        assert log_p.item() == pytest.approx(total.log().item(), rel=1e-4)
+
+
+def test_complement_generator_separates_the_rings(tmp_path):
+    """Three fixed draws of 8 labels: at least 10 points above the baseline on the average."""
+    args = argparse.Namespace(seed=0, epochs=50, dry_run=False)
+    x, y = toy_rings.draw_rings(2000, torch.Generator().manual_seed(0))
+    accuracy = {"supervised": [], "complement": []}
+    for args.seed in (130, 131, 132):
+        labeled, _, _ = common.balanced_split(y, 8, 0, 2, args.seed)
+        for method, scores in accuracy.items():
+            run = common.Run(tmp_path, "rings", {})
+            classifier, generator, _ = toy_rings.train(method, x[labeled], y[labeled], x, args, run)
+            scores.append(common.evaluate(classifier, [(x, y)], 2)["accuracy"])
+        with torch.no_grad():  # the last generator is the complement one. Of data, 90% are dense
+            fakes = generator(torch.randn(500, toy_rings.LATENT_DIM))
+        dense = toy_rings.log_density(x, x).quantile(toy_rings.DENSE)
+        assert (toy_rings.log_density(fakes, x) > dense).float().mean() < 0.45
+    mean = {method: sum(scores) / 3 for method, scores in accuracy.items()}
+    assert mean["complement"] > 0.97
+    assert mean["complement"] > mean["supervised"] + 0.1
+
+
+@pytest.mark.parametrize("flags, word", [(["--num-labeled", 7], "--num-labeled"),
+                                         (["--num-labeled", 0], "--num-labeled"),
+                                         (["--num-labeled", 4000], "--num-labeled"),
+                                         (["--epochs", 0], "--epochs")])
+def test_bad_flags_are_refused(flags, word, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call_main("toy_rings", *flags, "--out-dir", tmp_path / "runs")
+    assert stop.value.code == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("error:") and word in line
+    assert not (tmp_path / "runs").exists()
+
+
+def test_dry_run_takes_two_steps_of_the_baseline_alone(tmp_path, capsys):
+    call_main("toy_rings", "--dry-run", "--supervised-only", "--out-dir", tmp_path)
+    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
+    assert result["steps"] == 2
+    assert list(result["accuracy"]) == ["supervised"]
