@@ -399,10 +399,13 @@ def plot_confusion(confusion: Tensor, class_names: list, path):
 
 
 def errors_and_others(labels: Tensor, predicted: Tensor, num: int) -> Tensor:
-    """Indices of about num predictions to show: the first num/2 errors, then correct ones."""
-    wrong = (predicted != labels).nonzero().flatten()[: num // 2]
-    right = (predicted == labels).nonzero().flatten()[: num - len(wrong)]
-    return torch.cat([wrong, right])
+    """Indices of num predictions to show: up to num/2 errors, then correct ones, evenly spread."""
+    shown, room = [], num // 2
+    for indices in ((predicted != labels).nonzero(), (predicted == labels).nonzero()):
+        picks = torch.linspace(0, len(indices) - 1, min(room, len(indices))).long()
+        shown.append(indices.flatten()[picks])
+        room = num - len(shown[0])
+    return torch.cat(shown)
 
 
 def plot_predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_names: list, path,

@@ -392,7 +392,7 @@ def main():
                                         [test_labels[i] for i in shown], 60, args.image_size,
                                         device))
     plot_predictions(x_shown, y_shown, predicted[shown], class_names, run.dir / "predictions.png",
-                     "the first test errors, and correct ones")
+                     "test errors, and correct ones")
     run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
                seed=args.seed, split_seed=split_seed, image_size=args.image_size,
                epochs=args.epochs, steps=step, val_accuracy=val_ema["accuracy"],

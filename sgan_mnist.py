@@ -300,7 +300,7 @@ def main():
     predicted = test["predicted"]
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
-                     run.dir / "predictions.png", "the first test errors, and correct ones")
+                     run.dir / "predictions.png", "test errors, and correct ones")
     run.finish(device, script="sgan_mnist", method=method, num_labeled=args.num_labeled,
                seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],

@@ -597,12 +597,18 @@ def test_wrong_predictions_are_framed_in_red_and_only_they(wrong, channels, tmp_
         assert not red.any()
 
 
-@pytest.mark.parametrize("count, errors, right", [(10, 3, 7), (4, 2, 2), (2, 1, 1)])
-def test_errors_are_shown_before_right_predictions(count, errors, right):
-    labels, predicted = torch.arange(20) % 4, torch.arange(20) % 4
-    predicted[[4, 9, 15]] += 1
+@pytest.mark.parametrize("count, errors, right", [
+    (6, [4, 9, 15], [0, 7, 14]),  # half errors, half correct
+    (10, [4, 9, 15], [0, 2, 5, 7, 10, 12, 14]),  # fewer errors than half: more correct ones
+    (2, [4], [0]),
+    (100, [4, 9, 15], [0, 1, 2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14]),  # all there are
+])
+def test_errors_and_others_are_spread_over_the_data(count, errors, right):
+    labels = torch.zeros(16, dtype=torch.int64)
+    predicted = labels.clone()
+    predicted[[4, 9, 15]] = 1
     shown = common.errors_and_others(labels, predicted, count).tolist()
-    assert shown == [4, 9, 15][:errors] + [0, 1, 2, 3, 5, 6, 7][:right]
+    assert shown == errors + right
 
 
 @pytest.mark.parametrize("count", [0, 1, 13])

@@ -293,11 +293,13 @@ def test_validation_loss_is_that_of_the_saved_weights(pets_runs, pets):
     assert float(run.rows[-1]["val_loss_ema"]) == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("key", ["sgan", "supervised"])
-def test_stripes_are_learned(mnist_runs, key):
-    # ten equally frequent classes: 10% by chance; 20 steps on 100 labels are to do much better
-    assert mnist_runs[key].results["test_accuracy"] > 0.4
-    assert mnist_runs[key].results["test_accuracy_best_val"] > 0.4
+@pytest.mark.parametrize("data, key", [("mnist", "sgan"), ("mnist", "supervised"),
+                                       ("svhn", "sgan")])
+def test_stripes_are_learned(data, key, request):
+    # ten equally frequent classes: 10% by chance; 10 or 20 steps on 100 labels are to do better
+    results = request.getfixturevalue(f"{data}_runs")[key].results
+    assert results["test_accuracy"] > 0.3
+    assert results["test_accuracy_best_val"] > 0.3
 
 
 # ================================ what a run depends on, bit for bit ==============================
@@ -363,8 +365,10 @@ def tones(tmp_path_factory):
         for n in range(40):
             folder = root / part / names[n % len(names)]
             folder.mkdir(parents=True, exist_ok=True)
-            image = x[labeled[n % 10] if part == "labeled" else -1 - n].astype(np.uint8)
-            Image.fromarray(image).save(folder / f"{n:02d}.jpg")
+            image = x[-1 - n]
+            if part == "labeled":  # cats are reddish, dogs bluish
+                image = x[labeled[n % 10]] * ([0.85, 0.95, 1.0] if n % 2 else [1.0, 0.95, 0.85])
+            Image.fromarray(image.astype(np.uint8)).save(folder / f"{n:02d}.jpg")
     flags = ["--device", "cpu", "--dry-run", "--batch-size", 20]
     data = ["--data-dir", root, "--num-labeled", 10, "--gan-weight", 0.7,
             "--consistency-weight", 0.4]
@@ -392,9 +396,10 @@ def changed(before, after):
 def watched(request, tones, tmp_path_factory):
     """A dry run, watched through torch's global hooks: its forward passes and its updates.
 
-    passes: of the classifier in training mode, with the mean of its input ("tone"), its outputs,
-    the gradient that came back to its logits, the batch-norm buffers that it moved, and which
-    images the EMA classifier was sure of in the pass before, and its guesses ("teacher").
+    passes: of the classifier in training mode, with the mean of its input, over all ("tone") and by
+    image and channel ("colors"), its outputs, the gradient that came back to its logits, the
+    batch-norm buffers that it moved, whether its input came from the generator with a gradient,
+    and which images the EMA classifier was sure of in the pass before, with its guesses ("teacher").
     updates: the network they belong to, the names of the weights of both networks that they moved
     and of the gradients that changed since the update before, and the classifier's state after.
     """
@@ -420,10 +425,11 @@ def watched(request, tones, tmp_path_factory):
             logits, features = outputs
             moved = changed(module.buffers_before, dict(module.named_buffers()))
             seen = SimpleNamespace(
-                tone=inputs[0].mean().item(), logits=logits.detach().float(), grad=None,
-                features=features.detach().float(), for_generator=inputs[0].requires_grad,
-                teacher=teacher[-1],
-                moved={n for n in moved if not n.endswith("num_batches_tracked")})
+                tone=inputs[0].mean().item(), colors=inputs[0].detach().mean(dim=(2, 3)),
+                logits=logits.detach().float(), features=features.detach().float(), grad=None,
+                for_generator=inputs[0].requires_grad,
+                moved={n for n in moved if not n.endswith("num_batches_tracked")},
+                teacher=teacher[-1])
             passes.append(seen)
             logits.register_hook(lambda grad: setattr(seen, "grad", grad.float()))
 
@@ -510,7 +516,10 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
         real = real / (1 + real)  # D(x)
         grad = n * seen.grad.double()
         if kind(seen) == "labeled":  # p - 1[y]
-            expected = p - torch.nn.functional.one_hot((p - grad).argmax(dim=1), p.shape[1])
+            y = (p - grad).argmax(dim=1)
+            expected = p - torch.nn.functional.one_hot(y, p.shape[1])
+            if watched.name == "sgan_catsdogs":
+                assert y.tolist() == (seen.colors[:, 0] < seen.colors[:, 2]).long().tolist()
         else:  # 0.5 (softplus(-r))' = -0.5 (1 - D) p, and 0.5 (softplus(r))' = 0.5 D p
             expected = watched.gan_weight * 0.5 * (real if kind(seen) == "fake" else real - 1) * p
         if kind(seen) == "unlabeled" and watched.consistency_weight:
