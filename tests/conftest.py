@@ -1,5 +1,11 @@
 """Small data sets in the native formats of the real ones, generated once a session."""
 
+import os
+
+# Before torch is loaded, and for the scripts' processes, of which two run at a time: on networks as
+# small as these, threads that wait for each other cost more than they bring.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import struct
 
 import numpy as np

@@ -399,7 +399,7 @@ def watched(request, tones, tmp_path_factory):
     passes: of the classifier in training mode, with the mean of its input, over all ("tone") and by
     image and channel ("colors"), its outputs, the gradient that came back to its logits, the
     batch-norm buffers that it moved, whether its input came from the generator with a gradient,
-    and which images the EMA classifier was sure of in the pass before, with its guesses ("teacher").
+    and which images the EMA classifier was sure of in its pass before, and its guesses ("teacher").
     updates: the network they belong to, the names of the weights of both networks that they moved
     and of the gradients that changed since the update before, and the classifier's state after.
     """
