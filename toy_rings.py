@@ -221,7 +221,9 @@ def draw_figures(x, y, labeled, snapshots, accuracy, run):
         path = run.dir / "samples" / f"step_{step:05d}.png"
         with atomic(path) as tmp:
             figure.savefig(tmp, format="png")
-        frames.append(Image.open(path).convert("RGB").quantize(64))
+        frames.append(Image.open(path).convert("RGB"))
+    palette = frames[-1].quantize(64)  # one for all frames, so that no color drifts
+    frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with atomic(run.dir / "rings.gif") as tmp:
         frames[0].save(tmp, format="GIF", save_all=True, append_images=frames[1:], loop=0,
                        duration=[200] * (len(frames) - 1) + [2500])  # ms

@@ -648,12 +648,3 @@ def test_curves_show_the_columns_that_a_run_has(columns, panels, tmp_path):
     assert image.shape[1] > 900 and 200 < image.shape[0] < 600
     thirds = np.array_split(near(image, BLUE, 20), 3, axis=1)
     assert [third.sum() > 50 for third in thirds] == panels
-
-
-@pytest.mark.parametrize("num_steps", [1, 49, 50, 51, 100])
-def test_step_means_of_any_number_of_steps(num_steps):
-    means = common.StepMeans()
-    for epoch in range(2):
-        for step in range(num_steps):
-            means.add(step, {"loss": torch.tensor(float(step + epoch))})
-        assert means.means() == {"loss": pytest.approx((num_steps - 1) / 2 + epoch)}
