@@ -85,6 +85,8 @@ def parse_args():
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
+    if min(args.seed, args.split_seed) < 0:
+        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
     return args
 
 
@@ -279,7 +281,7 @@ def main():
               f"__split{split_seed}__seed{args.seed}".replace("__splitNone", ""), vars(args))
     steps_per_epoch = 100 if args.supervised_only else len(unl_files) // args.batch_size
     if args.dry_run:
-        args.epochs, steps_per_epoch = 1, 2
+        args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
     step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
 
     for epoch in range(1, args.epochs + 1):

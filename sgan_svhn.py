@@ -65,6 +65,8 @@ def parse_args():
     positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
+    if min(args.seed, args.split_seed) < 0:
+        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
     return args
 
 
@@ -208,7 +210,7 @@ def main():
               f"__seed{args.seed}", vars(args))
     steps_per_epoch = len(x_unlabeled) // args.batch_size
     if args.dry_run:
-        args.epochs, steps_per_epoch = 1, 2
+        args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
     step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
 
     for epoch in range(1, args.epochs + 1):

@@ -54,6 +54,8 @@ def parse_args():
     parser.add_argument("--epochs", type=int, default=75, help="passes over the points, a method")
     args = parser.parse_args()
     positive(num_labeled=args.num_labeled, epochs=args.epochs)
+    if min(args.seed, args.split_seed) < 0:
+        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
     return args
 
 
