@@ -95,16 +95,18 @@ def parse_args():
 DALI_FORMATS = {"JPEG", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP"}
 
 
-def is_image(path):
-    """Whether the file begins as an image that DALI can decode; reads its header only."""
+def is_image(path, whole=False):
+    """Whether DALI can decode the file, by its header, or by decoding the whole of it."""
     try:
         with Image.open(path) as image:
+            if whole:
+                image.load()
             return image.format in DALI_FORMATS
-    except (OSError, Image.DecompressionBombError):
+    except (OSError, SyntaxError, Image.DecompressionBombError):
         return False
 
 
-def list_images(folder, flag):
+def list_images(folder, flag, whole=False):
     """(images, other files) anywhere below the folder, sorted; hidden files are passed over."""
     folder = Path(folder)
     if not folder.is_dir():
@@ -114,7 +116,7 @@ def list_images(folder, flag):
     if not files:
         die(f"{flag} {folder} holds no files")
     with ThreadPoolExecutor() as pool:
-        usable = list(pool.map(is_image, files))
+        usable = list(pool.map(lambda path: is_image(path, whole), files))
     return [f for f, ok in zip(files, usable) if ok], [f for f, ok in zip(files, usable) if not ok]
 
 
@@ -131,7 +133,7 @@ def class_of(path, folder):
 
 def list_labeled(folder, flag, class_names=None):
     """(paths, class index of each, class names); with class_names given, no others may occur."""
-    paths, others = list_images(folder, flag)
+    paths, others = list_images(folder, flag, whole=True)
     if others:
         die(f"{others[0]} in {flag} is not an image that can be read: repair or remove it")
     classes = [class_of(path, folder) for path in paths]
