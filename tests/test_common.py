@@ -372,7 +372,7 @@ class Probe(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.norm = nn.BatchNorm1d(5, affine=False, eps=0.0)
+        self.norm = nn.BatchNorm1d(5, affine=False, eps=1e-12)
         self.dropout = nn.Dropout(0.5)
         self.scale = nn.Parameter(torch.ones(()))
         self.outputs = []
@@ -552,7 +552,7 @@ class Painter(nn.Module):
 
     def __init__(self, channels):
         super().__init__()
-        self.norm = nn.BatchNorm1d(1, affine=False, eps=0.0)
+        self.norm = nn.BatchNorm1d(1, affine=False, eps=1e-12)
         self.channels = channels
 
     def forward(self, z):
