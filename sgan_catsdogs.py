@@ -39,6 +39,7 @@ from common import (Run, StepMeans, atomic, bf16_autocast, dali_loader, die, err
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
+CONFIDENCE = 0.95  # from which probability on the EMA classifier's own labels are trained on
 EMA_DECAY = 0.999
 
 
@@ -65,6 +66,10 @@ def parse_args():
     train.add_argument("--batch-size", type=int, default=64, help="unlabeled, and fake, images")
     train.add_argument("--lr", type=float, default=2e-4, help="Adam, classifier")
     train.add_argument("--lr-generator", type=float, default=1e-3, help="Adam, generator")
+    train.add_argument("--gan-weight", type=float, default=1.0,
+                       help="of the unlabeled and fake terms; 0: the generator is of no effect")
+    train.add_argument("--consistency-weight", type=float, default=1.0,
+                       help="of agreeing with the EMA classifier on unlabeled images; 0: without")
     source = parser.add_argument_group("making the four folders (does not train)")
     source.add_argument("--prepare", metavar="SOURCE",
                         help="draw the four folders from Kaggle's train/ or Microsoft's PetImages/")
@@ -77,7 +82,7 @@ def parse_args():
     if args.demo:  # the main job on other data: these become the defaults, flags still count
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
-                            image_size=32, epochs=6)
+                            image_size=32, epochs=11)
         args = parser.parse_args()
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
              lr=args.lr, lr_generator=args.lr_generator)
@@ -271,7 +276,7 @@ def main():
 
     classifier = Classifier(num_classes, args.image_size).to(device)
     classifier = classifier.to(memory_format=torch.channels_last)
-    classifier_ema = deepcopy(classifier).requires_grad_(False)
+    classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr_generator, betas=(0.5, 0.999),
@@ -284,6 +289,7 @@ def main():
     steps_per_epoch = 100 if args.supervised_only else len(unl_files) // args.batch_size
     if args.dry_run:
         args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
+    num_steps = args.epochs * steps_per_epoch
     step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
 
     for epoch in range(1, args.epochs + 1):
@@ -306,11 +312,17 @@ def main():
                 losses.add(step, {"loss/lab": loss_lab})
 
             else:
-                x_unl = augment(next(photos)[0])  # (N, 3, S, S)
+                x_unl, _ = next(photos)  # (N, 3, S, S)
                 z = torch.randn(args.batch_size, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
                 x_fake = augment(x_fake.float())  # (N, 3, S, S), used in both updates
+
+                # ---- the EMA classifier, as teacher, labels the unlabeled photos ----
+                with torch.no_grad(), autocast:
+                    logits_teacher, _ = classifier_ema(augment(x_unl))  # (N, K)
+                p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
+                sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
                 # ---- classifier: labels right, photos real, fakes fake ----
                 # Three forward passes, as batch norm would mix the three kinds of images; only
@@ -321,13 +333,18 @@ def main():
                     logits_lab, _ = classifier(x_lab)  # (n, K)
                     logits_fake, _ = classifier(x_fake.detach())  # (N, K)
                     update_batch_norm_statistics(classifier, True)
-                    logits_unl, feat_unl = classifier(x_unl)  # (N, K), (N, 512)
+                    logits_unl, feat_unl = classifier(augment(x_unl))  # (N, K), (N, 512)
                     update_batch_norm_statistics(classifier, False)
                 r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                loss_d = loss_lab + 0.5 * (loss_unl + loss_fake)  # 0.5: the authors' code
+                # -E [teacher is sure] log p(teacher's label | x, real); Sohn et al. 2020 (FixMatch)
+                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
+                            * sure).mean()
+                ramp = min(1.0, 3 * step / num_steps)  # an early teacher is wrong too often
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # 0.5: as in
+                          + args.consistency_weight * ramp * loss_con)  # Salimans et al.'s code
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -345,6 +362,7 @@ def main():
 
                 losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
                                   "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
+                                  "loss/con": loss_con, "monitor/sure": sure.float().mean(),
                                   "monitor/p_real_unl": r_unl.sigmoid().mean(),
                                   "monitor/p_real_fake": r_fake.sigmoid().mean()})
 

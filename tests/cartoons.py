@@ -89,7 +89,7 @@ def draw_pet(species, rng, size=96):
 
     # Shapes are in units around the center of the head; the head tilts further than the body.
     origin = complex(*rng.uniform((0.42, 0.38), (0.58, 0.47))) * side
-    mirror, angle = rng.random() < 0.5, rng.normal(0, 0.1)
+    mirror, angle = rng.random() < 0.5, rng.normal(0, 0.25)
 
     def pixels(shape):
         shape = shape * np.exp(1j * angle)

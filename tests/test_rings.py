@@ -34,7 +34,7 @@ def test_run_leaves_results_pictures_and_weights(rings_runs):
     assert json.loads((folder / "results.json").read_text()) == result
     assert result["script"] == "toy_rings"
     assert (result["num_labeled"], result["seed"], result["split_seed"]) == (8, 3, 0)
-    assert (result["epochs"], result["steps"]) == (1, 16)
+    assert (result["epochs"], result["steps"]) == (1, 40)
     assert list(result["accuracy"]) == METHODS
     assert all(0.3 < accuracy <= 1 for accuracy in result["accuracy"].values())
     with Image.open(folder / "rings.png") as image:
@@ -46,7 +46,7 @@ def test_run_leaves_results_pictures_and_weights(rings_runs):
     with open(folder / "metrics.csv", newline="") as f:
         rows = list(csv.DictReader(f))
     assert {row["method"] for row in rows} == set(METHODS)
-    assert {row["step"] for row in rows if row["method"] == "fool"} >= {"1", "16"}
+    assert {row["step"] for row in rows if row["method"] == "fool"} >= {"1", "40"}
     weights = torch.load(folder / "final.pt", weights_only=True)
     classifier = toy_rings.Classifier()
     for method in METHODS:  # the test points once more, drawn and scored here
@@ -80,13 +80,14 @@ def test_points_lie_on_two_rings():
 
 def test_density_is_that_of_a_sum_of_gaussians():
     generator = torch.Generator().manual_seed(2)
-    data = torch.rand(20, 2, generator=generator)
-    points = torch.rand(7, 2, generator=generator)
+    data = torch.rand(200, 2, generator=generator)
+    points = torch.rand(50, 2, generator=generator)
     h = toy_rings.BANDWIDTH
-    for point, log_p in zip(points, toy_rings.log_density(points, data)):
+    table = toy_rings.log_density_table(data)
+    for point, log_p in zip(points, toy_rings.log_density(points, table)):
         squares = [(point - center).double().square().sum() for center in data]
         total = sum(torch.exp(-square / (2 * h**2)) for square in squares)
-        assert log_p.item() == pytest.approx(total.log().item(), rel=1e-4)
+        assert log_p.item() == pytest.approx(total.log().item(), abs=0.03)  # between cells
 
 
 def test_complement_generator_separates_the_rings(tmp_path):
@@ -102,8 +103,9 @@ def test_complement_generator_separates_the_rings(tmp_path):
             scores.append(common.evaluate(classifier, [(x, y)], 2)["accuracy"])
         with torch.no_grad():  # the last generator is the complement one. Of data, 90% are dense
             fakes = generator(torch.randn(500, toy_rings.LATENT_DIM))
-        dense = toy_rings.log_density(x, x).quantile(toy_rings.DENSE)
-        assert (toy_rings.log_density(fakes, x) > dense).float().mean() < 0.45
+        table = toy_rings.log_density_table(x)
+        dense = toy_rings.log_density(x, table).quantile(toy_rings.DENSE)
+        assert (toy_rings.log_density(fakes, table) > dense).float().mean() < 0.45
     mean = {method: sum(scores) / 3 for method, scores in accuracy.items()}
     assert mean["complement"] > 0.97
     assert mean["complement"] > mean["supervised"] + 0.1

@@ -370,8 +370,8 @@ def tones(tmp_path_factory):
                 image = x[labeled[n % 10]] * ([0.85, 0.95, 1.0] if n % 2 else [1.0, 0.95, 0.85])
             Image.fromarray(image.astype(np.uint8)).save(folder / f"{n:02d}.jpg")
     flags = ["--device", "cpu", "--dry-run", "--batch-size", 20]
-    data = ["--data-dir", root, "--num-labeled", 10, "--gan-weight", 0.7,
-            "--consistency-weight", 0.4]
+    flags += ["--gan-weight", 0.7, "--consistency-weight", 0.4]
+    data = ["--data-dir", root, "--num-labeled", 10]
     return {"sgan_mnist": [*flags, *data], "sgan_svhn": [*flags, *data],
             "sgan_catsdogs": [*flags, *pet_folders(root), "--image-size", 32]}
 
@@ -465,8 +465,8 @@ def watched(request, tones, tmp_path_factory):
         [row] = csv.DictReader(f)
     args = json.loads((folder / "args.json").read_text())
     return SimpleNamespace(name=name, passes=passes, updates=updates, networks=networks, row=row,
-                           gan_weight=args.get("gan_weight", 1.0),
-                           consistency_weight=args.get("consistency_weight", 0.0),
+                           gan_weight=args["gan_weight"],
+                           consistency_weight=args["consistency_weight"],
                            final=torch.load(folder / "final.pt", weights_only=True),
                            results=json.loads((folder / "results.json").read_text()))
 
@@ -522,7 +522,7 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
                 assert y.tolist() == (seen.colors[:, 0] < seen.colors[:, 2]).long().tolist()
         else:  # 0.5 (softplus(-r))' = -0.5 (1 - D) p, and 0.5 (softplus(r))' = 0.5 D p
             expected = watched.gan_weight * 0.5 * (real if kind(seen) == "fake" else real - 1) * p
-        if kind(seen) == "unlabeled" and watched.consistency_weight:
+        if kind(seen) == "unlabeled":
             sure, guess = seen.teacher
             wish = torch.nn.functional.one_hot(guess, p.shape[1])
             expected = expected + watched.consistency_weight * sure[:, None] * (p - wish)
@@ -545,16 +545,15 @@ def test_logged_losses_are_those_of_the_outputs(watched):
         if watched.name == "sgan_catsdogs":
             values["loss/fm"] = values["loss/g"]
             values["loss/g"] = values["loss/fm"] + (1 / z_gen).log1p().mean()
-        if watched.consistency_weight:
-            sure, guess = unlabeled.teacher
-            log_p = unlabeled.logits.double().log_softmax(dim=1)
-            values["loss/con"] = -(sure * log_p[torch.arange(len(guess)), guess]).mean()
-            values["monitor/sure"] = sure.double().mean()
+        sure, guess = unlabeled.teacher
+        log_p = unlabeled.logits.double().log_softmax(dim=1)
+        values["loss/con"] = -(sure * log_p[torch.arange(len(guess)), guess]).mean()
+        values["monitor/sure"] = sure.double().mean()
         for name, value in values.items():
             logged[name] = logged.get(name, 0) + value.item() / 2
     assert set(logged) | {"loss/lab"} == {
         name for name in watched.row if name.startswith(("loss/", "monitor/"))}
-    assert 0 < logged.get("monitor/sure", 0.5) < 1
+    assert 0 < logged["monitor/sure"] < 1
     for name, value in logged.items():
         assert float(watched.row[name]) == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
@@ -650,8 +649,8 @@ def test_svhn_augmentation_moves_by_whole_pixels_and_repeats_the_border():
 # ============================================ flags ===============================================
 
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
-                "--batch-size", "--lr", "--split-seed"]
-DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--gan-weight", "--consistency-weight"]
+                "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight"]
+DIGIT_FLAGS = ["--data-dir", "--num-labeled"]
 FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS], "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
                            "--test-dir", "--image-size", "--lr-generator", "--prepare",
