@@ -203,7 +203,7 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
 def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
     """Score a classifier, raw or EMA, in one pass; the device is read once, at the end.
 
-    Args: classifier maps images to (logits (N, K), features); batches of (images, labels (N,)).
+    Args: classifier maps images to (logits (N, K), ...); batches of (images, labels (N,)).
     Returns: accuracy in [0, 1], mean cross-entropy in nats, confusion (K, K) int64 counts with
     the true class in rows, and predicted (N,) int64 in the order of the batches; without images
     the first two are NaN. Each image counts once whatever the batch sizes. The classifier is

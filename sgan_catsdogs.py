@@ -2,7 +2,9 @@
 
 A ResNet18 is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits
 are also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x), which tells photos from the
-images of a DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5).
+images of a DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). It can also
+learn from the labels that its own moving average (EMA) is sure of; that helps on the drawn pets,
+and not yet on photos.
 
     python sgan_catsdogs.py --demo                          # drawn pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
@@ -68,8 +70,8 @@ def parse_args():
     train.add_argument("--lr-generator", type=float, default=1e-3, help="Adam, generator")
     train.add_argument("--gan-weight", type=float, default=1.0,
                        help="of the unlabeled and fake terms; 0: the generator is of no effect")
-    train.add_argument("--consistency-weight", type=float, default=1.0,
-                       help="of agreeing with the EMA classifier on unlabeled images; 0: without")
+    train.add_argument("--consistency-weight", type=float, default=0.0,
+                       help="of agreeing with the EMA classifier on unlabeled images; --demo: 1")
     source = parser.add_argument_group("making the four folders (does not train)")
     source.add_argument("--prepare", metavar="SOURCE",
                         help="draw the four folders from Kaggle's train/ or Microsoft's PetImages/")
@@ -77,12 +79,12 @@ def parse_args():
                         help="fetch Microsoft's archive (0.8 GB) to data/ and prepare that")
     source.add_argument("--split-seed", type=int, default=0, help="which images are labeled")
     source.add_argument("--demo", action="store_true",
-                        help="draw 2,000 small cartoon pets and train on them, in 3 minutes")
+                        help="draw 2,000 small cartoon pets and train on them: minutes")
     args = parser.parse_args()
     if args.demo:  # the main job on other data: these become the defaults, flags still count
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
-                            image_size=32, epochs=11)
+                            image_size=32, epochs=11, consistency_weight=1.0)
         args = parser.parse_args()
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
              lr=args.lr, lr_generator=args.lr_generator)
@@ -339,12 +341,13 @@ def main():
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | x, real); Sohn et al. 2020 (FixMatch)
+                # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * sure).mean()
                 ramp = min(1.0, 3 * step / num_steps)  # an early teacher is wrong too often
-                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # 0.5: as in
-                          + args.consistency_weight * ramp * loss_con)  # Salimans et al.'s code
+                # 0.5: as in the code of Salimans et al.
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                          + args.consistency_weight * ramp * loss_con)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -354,7 +357,8 @@ def main():
                 with autocast:
                     logits_fake, feat_fake = classifier(x_fake)  # (N, K), (N, 512)
                 gap = feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)  # (512,)
-                loss_fm = gap.square().mean()  # || E f(x) - E f(G(z)) ||^2, Salimans 2016, sec. 3.1
+                # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+                loss_fm = gap.square().mean()
                 loss_g = fool_loss(real_logit(logits_fake)) + loss_fm  # -E log D(G(z)) + matching
                 opt_g.zero_grad()
                 loss_g.backward()
@@ -415,7 +419,8 @@ def main():
                                         device))
     plot_predictions(x_shown, y_shown, predicted[shown], class_names, run.dir / "predictions.png",
                      "test errors, and correct ones")
-    run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
+    run.finish(device, script="sgan_catsdogs", method=method, gan_weight=args.gan_weight,
+               consistency_weight=args.consistency_weight, num_labeled=num_labeled,
                seed=args.seed, split_seed=split_seed, image_size=args.image_size,
                epochs=args.epochs, steps=step, val_accuracy=val_ema["accuracy"],
                test_accuracy=test["accuracy"], test_accuracy_best_val=test_best["accuracy"],

@@ -3,7 +3,7 @@
 A small convolutional classifier learns from the labeled digits, and is at the same time the
 discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
 generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
-sections 3.1 and 5).
+sections 3.1 and 5). Two flags choose other forms of both.
 
     python sgan_mnist.py                        # 100 labels, 10 of each digit
     python sgan_mnist.py --supervised-only      # the baseline: labeled digits alone
@@ -25,13 +25,14 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_and_others, evaluate,
-                    fake_loss, labeled_loss, pick_device, plot_confusion, plot_curves,
+                    fake_loss, fool_loss, labeled_loss, pick_device, plot_confusion, plot_curves,
                     plot_predictions, positive, real_logit, save_samples, seed_everything,
                     unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
+FAKE_BATCH = 100  # generated images in each step
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
 CONFIDENCE = 0.95  # from which probability on the EMA classifier's own labels are trained on
 EMA_DECAY = 0.99
@@ -53,8 +54,13 @@ def parse_args():
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier and steps, labeled images alone")
     train.add_argument("--epochs", type=int, default=3, help="passes over the unlabeled images")
-    train.add_argument("--batch-size", type=int, default=200, help="unlabeled, and fake, images")
+    train.add_argument("--batch-size", type=int, default=200, help="unlabeled images a step")
     train.add_argument("--lr", type=float, default=3e-3, help="Adam, classifier and generator")
+    train.add_argument("--real-logit", choices=["logsumexp", "fake-class", "sigmoid-head"],
+                       default="logsumexp", help="what tells real from fake, see Classifier")
+    train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
+                       default="feature-matching",
+                       help="match mean features, pass for a digit, or match and spread out")
     train.add_argument("--gan-weight", type=float, default=1.0,
                        help="of the unlabeled and fake terms; 0: the generator is of no effect")
     train.add_argument("--consistency-weight", type=float, default=1.0,
@@ -97,16 +103,18 @@ def augment(x):
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1]."""
+    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1].
+
+    As wide as that of Salimans et al., whose MNIST networks are not convolutional either: matching
+    mean features needs no more, and transposed convolutions would take most of a step.
+    """
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(LATENT_DIM, 128 * 7 * 7, bias=False), nn.BatchNorm1d(128 * 7 * 7), nn.ReLU(),
-            nn.Unflatten(1, (128, 7, 7)),
-            nn.ConvTranspose2d(128, 64, 4, 2, 1, bias=False),  # (N, 64, 14, 14)
-            nn.BatchNorm2d(64), nn.ReLU(),
-            nn.ConvTranspose2d(64, 1, 4, 2, 1), nn.Sigmoid(),  # (N, 1, 28, 28)
+            nn.Linear(LATENT_DIM, 500, bias=False), nn.BatchNorm1d(500), nn.ReLU(),
+            nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.ReLU(),
+            nn.Linear(500, 28 * 28), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)),
         )
 
     def forward(self, z):
@@ -114,9 +122,14 @@ class Generator(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128)."""
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128), real logit r (N,).
 
-    def __init__(self):
+    D(x) = sigmoid(r). "logsumexp": r = log Z, as if "fake" were one more logit, fixed at 0
+    (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016, arXiv:1606.01583; the
+    labeled loss stays one of K classes); "sigmoid-head": r is a linear unit beside the K logits.
+    """
+
+    def __init__(self, real_logit_form):
         super().__init__()
 
         def conv(n_in, n_out, stride):
@@ -133,11 +146,22 @@ class Classifier(nn.Module):
         )
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(128, NUM_CLASSES)
+        self.real_logit_form = real_logit_form
+        if real_logit_form != "logsumexp":
+            self.extra = nn.Linear(128, 1)
 
     def forward(self, x):
         x = ((x - 0.13) / 0.31).contiguous(memory_format=torch.channels_last)
         features = self.layers(x)
-        return self.head(self.dropout(features)), features
+        h = self.dropout(features)
+        logits = self.head(h)
+        if self.real_logit_form == "logsumexp":
+            r = real_logit(logits)  # log sum_k exp l_k(x)
+        elif self.real_logit_form == "fake-class":
+            r = real_logit(logits) - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
+        else:
+            r = self.extra(h)[:, 0].float()
+        return logits, features, r
 
 
 def update_batch_norm_statistics(classifier, on):
@@ -174,7 +198,7 @@ def main():
         batches = zip((x_batch / 255 for x_batch in x.split(1000)), y.split(1000))
         return islice(batches, 2) if args.dry_run else batches
 
-    classifier = Classifier().to(device).to(memory_format=torch.channels_last)
+    classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator().to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -200,7 +224,7 @@ def main():
 
             if args.supervised_only:
                 with autocast:
-                    logits_lab, _ = classifier(x_lab)  # (n, K)
+                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
                 loss_lab = labeled_loss(logits_lab, y_lab)
                 opt_d.zero_grad()
                 loss_lab.backward()
@@ -209,14 +233,14 @@ def main():
 
             else:
                 x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
-                z = torch.randn(args.batch_size, LATENT_DIM, device=device)
+                z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                x_fake = augment(x_fake.float())  # (N, 1, 28, 28), used in both updates
+                x_fake = augment(x_fake.float())  # (M, 1, 28, 28), used in both updates
 
                 # ---- the EMA classifier, as teacher, labels the unlabeled digits ----
                 with torch.no_grad(), autocast:
-                    logits_teacher, _ = classifier_ema(augment(x_unl))  # (N, K)
+                    logits_teacher, _, _ = classifier_ema(augment(x_unl))  # (N, K)
                 p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
                 sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
@@ -226,30 +250,39 @@ def main():
                 classifier.requires_grad_(True)
                 with autocast:
                     update_batch_norm_statistics(classifier, False)
-                    logits_lab, _ = classifier(x_lab)  # (n, K)
-                    logits_fake, _ = classifier(x_fake.detach())  # (N, K)
+                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                    _, _, r_fake = classifier(x_fake.detach())  # (M,)
                     update_batch_norm_statistics(classifier, True)
-                    logits_unl, feat_unl = classifier(augment(x_unl))  # (N, K), (N, 128)
+                    # (N, K), (N, 128), (N,)
+                    logits_unl, feat_unl, r_unl = classifier(augment(x_unl))
                     update_batch_norm_statistics(classifier, False)
-                r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | x, real); Sohn et al. 2020 (FixMatch)
+                # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * sure).mean()
-                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # 0.5: as in
-                          + args.consistency_weight * loss_con)  # the code of Salimans et al.
+                # 0.5: as in the code of Salimans et al.
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                          + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
 
-                # ---- generator: the mean features of digits ----
+                # ---- generator, through the new classifier; feat_unl is of the old one ----
                 classifier.requires_grad_(False)
                 with autocast:
-                    _, feat_fake = classifier(x_fake)  # (N, 128)
-                gap = feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)  # (128,)
-                loss_g = gap.square().mean()  # || E f(x) - E f(G(z)) ||^2, Salimans 2016, 3.1
+                    _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)
+                feat_fake = feat_fake.float()
+                if args.generator_loss == "fool":
+                    loss_g = fool_loss(r_gen)  # -E log D(G(z))
+                else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+                    loss_g = (feat_unl.detach().float().mean(0) - feat_fake.mean(0)).square().mean()
+                if args.generator_loss == "complement":  # Dai et al. 2017, without their density
+                    unit = F.normalize(feat_fake, dim=1)
+                    cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, M)
+                    # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
+                    loss_g = loss_g + cosines.square().sum() / (FAKE_BATCH**2 - FAKE_BATCH)
                 opt_g.zero_grad()
                 loss_g.backward()
                 opt_g.step()
@@ -305,7 +338,9 @@ def main():
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
                      run.dir / "predictions.png", "test errors, and correct ones")
-    run.finish(device, script="sgan_mnist", method=method, num_labeled=args.num_labeled,
+    run.finish(device, script="sgan_mnist", method=method, real_logit=args.real_logit,
+               generator_loss=args.generator_loss, gan_weight=args.gan_weight,
+               consistency_weight=args.consistency_weight, num_labeled=args.num_labeled,
                seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
                test_accuracy_best_val=test_best["accuracy"], seconds=round(seconds, 1))

@@ -259,11 +259,12 @@ def main():
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | x, real); Sohn et al. 2020 (FixMatch)
+                # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * sure).mean()
-                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # 0.5: as in
-                          + args.consistency_weight * loss_con)  # the code of Salimans et al.
+                # 0.5: as in the code of Salimans et al.
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                          + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -273,7 +274,8 @@ def main():
                 with autocast:
                     _, feat_fake = classifier(x_fake)  # (N, 128)
                 gap = feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)  # (128,)
-                loss_g = gap.square().mean()  # || E f(x) - E f(G(z)) ||^2, Salimans 2016, 3.1
+                # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+                loss_g = gap.square().mean()
                 opt_g.zero_grad()
                 loss_g.backward()
                 opt_g.step()
@@ -329,7 +331,8 @@ def main():
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
                      run.dir / "predictions.png", "test errors, and correct ones")
-    run.finish(device, script="sgan_svhn", method=method, num_labeled=args.num_labeled,
+    run.finish(device, script="sgan_svhn", method=method, gan_weight=args.gan_weight,
+               consistency_weight=args.consistency_weight, num_labeled=args.num_labeled,
                seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
                test_accuracy_best_val=test_best["accuracy"], seconds=round(seconds, 1))

@@ -36,7 +36,7 @@ LEARNING_RATE = 3e-3
 EMA_DECAY = 0.99
 LABELED_WEIGHT = 0.03  # the rings shall form the features before 8 points draw a straight line
 BANDWIDTH = 0.05  # of the density estimate, about the width of a ring
-SIDE = 1.6  # of the density table: beyond all points
+SIDE = 1.6  # of the density table: beyond all data; outside, log p is that of its border
 DENSE = 0.1  # generated points shall be where the density is below this quantile of the data's
 FRAMES = 25  # of rings.gif
 COLORS = ["#d95f02", "#1b6ca8"]  # inner and outer ring; orange and blue, for all eyes
@@ -161,13 +161,13 @@ def train(method, x_lab, y_lab, x_data, args, run):
         logits_fake, feat_fake = classifier(x_fake)  # (N, 2), (N, 64)
         if method == "fool":
             loss_g = fool_loss(real_logit(logits_fake))  # -E log D(G(z))
-        else:  # || E f(x) - E f(G(z)) ||^2, Salimans 2016, section 3.1
+        else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
             loss_g = (feat_unl.detach().mean(dim=0) - feat_fake.mean(dim=0)).square().mean()
         if method == "complement":  # Dai et al. 2017, section 5
             unit = F.normalize(feat_fake, dim=1)
-            cosines = unit @ unit.T  # (N, N), the diagonal is 1
+            cosines = (unit @ unit.T).fill_diagonal_(0)  # (N, N)
             # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
-            loss_g = loss_g + (cosines.square().sum() - BATCH_SIZE) / (BATCH_SIZE**2 - BATCH_SIZE)
+            loss_g = loss_g + cosines.square().sum() / (BATCH_SIZE**2 - BATCH_SIZE)
             # low density: E max(log p(G(z)) - threshold, 0)
             loss_g = loss_g + (log_density(x_fake, table) - dense).relu().mean()
         if method != "supervised":

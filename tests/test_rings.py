@@ -1,4 +1,4 @@
-"""toy_rings.py: a whole small run, the density estimate, and that the complement generator helps."""
+"""toy_rings.py: a whole small run, the density, and that the complement generator helps."""
 
 import argparse
 import csv

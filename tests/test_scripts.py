@@ -176,9 +176,11 @@ def test_run_ends_with_its_result(run):
     results = run.results
     assert results == json.loads((run.folder / "results.json").read_text())
     assert set(results) == {
-        "script", "method", "num_labeled", "seed", "split_seed", "epochs", "steps", "val_accuracy",
-        "test_accuracy", "test_accuracy_best_val", "seconds", "peak_memory_mib", "device", "torch",
-        *(["image_size"] if run.data == "pets" else [])}
+        "script", "method", "gan_weight", "consistency_weight", "num_labeled", "seed",
+        "split_seed", "epochs", "steps", "val_accuracy", "test_accuracy",
+        "test_accuracy_best_val", "seconds", "peak_memory_mib", "device", "torch",
+        *(["image_size"] if run.data == "pets" else []),
+        *(["real_logit", "generator_loss"] if run.data == "mnist" else [])}
     args = json.loads((run.folder / "args.json").read_text())
     assert (results["script"], results["method"]) == (run.script, run.method)
     assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
@@ -251,8 +253,9 @@ def held_out(run, part):
 
 def logits_of(run, weights, x, batch_size):
     module = importlib.import_module(run.script)
-    size = (run.num_classes, 32) if run.data == "pets" else ()
-    classifier = module.Classifier(*size).to(memory_format=torch.channels_last).eval()
+    arguments = {"sgan_catsdogs": (run.num_classes, 32), "sgan_mnist": ("logsumexp",),
+                 "sgan_svhn": ()}[run.script]
+    classifier = module.Classifier(*arguments).to(memory_format=torch.channels_last).eval()
     classifier.load_state_dict(weights)
     with torch.no_grad(), bf16_autocast(CPU):
         return torch.cat([classifier(batch)[0].float() for batch in x.split(batch_size)])
@@ -392,8 +395,7 @@ def changed(before, after):
             or (old is not None and not torch.equal(old, after[name]))}
 
 
-@pytest.fixture(scope="session", params=SCRIPTS)
-def watched(request, tones, tmp_path_factory):
+def watch(name, flags, out_dir):
     """A dry run, watched through torch's global hooks: its forward passes and its updates.
 
     passes: of the classifier in training mode, with the mean of its input, over all ("tone") and by
@@ -403,7 +405,6 @@ def watched(request, tones, tmp_path_factory):
     updates: the network they belong to, the names of the weights of both networks that they moved
     and of the gradients that changed since the update before, and the classifier's state after.
     """
-    name = request.param
     networks, passes, updates, teacher = {}, [], [], [None]
     script = importlib.import_module(name)
 
@@ -422,16 +423,19 @@ def watched(request, tones, tmp_path_factory):
             script.CONFIDENCE = p.median().item()
             teacher.append((p > script.CONFIDENCE, guess))
         elif isinstance(module, script.Classifier):
-            logits, features = outputs
+            logits, features, *rest = outputs
             moved = changed(module.buffers_before, dict(module.named_buffers()))
             seen = SimpleNamespace(
                 tone=inputs[0].mean().item(), colors=inputs[0].detach().mean(dim=(2, 3)),
+                real_logit=rest[0].detach() if rest else None,
                 logits=logits.detach().float(), features=features.detach().float(), grad=None,
                 for_generator=inputs[0].requires_grad,
                 moved={n for n in moved if not n.endswith("num_batches_tracked")},
                 teacher=teacher[-1])
             passes.append(seen)
             logits.register_hook(lambda grad: setattr(seen, "grad", grad.float()))
+            if rest:
+                rest[0].register_hook(lambda grad: setattr(seen, "real_grad", grad.float()))
 
     def before_update(optimizer, args, kwargs):
         update = SimpleNamespace(
@@ -452,23 +456,28 @@ def watched(request, tones, tmp_path_factory):
                register_module_forward_hook(after_forward),
                register_optimizer_step_pre_hook(before_update),
                register_optimizer_step_post_hook(after_update)]
-    out_dir = tmp_path_factory.mktemp("watched") / "runs"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "CONFIDENCE", None, raising=False)  # after_forward sets it
         try:
-            call_main(name, *tones[name], "--out-dir", out_dir)
+            call_main(name, *flags, "--out-dir", out_dir)
         finally:
             for handle in handles:
                 handle.remove()
     [folder] = out_dir.iterdir()
     with open(folder / "metrics.csv", newline="") as f:
-        [row] = csv.DictReader(f)
+        row = list(csv.DictReader(f))[-1]
     args = json.loads((folder / "args.json").read_text())
     return SimpleNamespace(name=name, passes=passes, updates=updates, networks=networks, row=row,
                            gan_weight=args["gan_weight"],
                            consistency_weight=args["consistency_weight"],
                            final=torch.load(folder / "final.pt", weights_only=True),
                            results=json.loads((folder / "results.json").read_text()))
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def watched(request, tones, tmp_path_factory):
+    out_dir = tmp_path_factory.mktemp("watched") / "runs"
+    return watch(request.param, tones[request.param], out_dir)
 
 
 def kind(seen):
@@ -530,6 +539,21 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
         torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
 
 
+def test_consistency_of_pets_grows_over_the_first_third(tones, tmp_path):
+    flags = [flag for flag in tones["sgan_catsdogs"] if flag != "--dry-run"]
+    seen = watch("sgan_catsdogs", [*flags, "--epochs", 3], tmp_path / "runs")
+    assert seen.results["steps"] == 6
+    for step, ramp in ((seen.passes[:4], 0.5), (seen.passes[4:8], 1.0)):
+        unlabeled = next(one for one in step if kind(one) == "unlabeled")
+        p = unlabeled.logits.double().softmax(dim=1)
+        z = unlabeled.logits.double().exp().sum(dim=1, keepdim=True)
+        sure, guess = unlabeled.teacher
+        wish = torch.nn.functional.one_hot(guess, p.shape[1])
+        gan = seen.gan_weight * 0.5 * (z / (1 + z) - 1) * p
+        expected = gan + ramp * seen.consistency_weight * sure[:, None] * (p - wish)
+        torch.testing.assert_close(len(p) * unlabeled.grad.double(), expected, rtol=0.02, atol=1e-4)
+
+
 def test_logged_losses_are_those_of_the_outputs(watched):
     logged = {}
     for step in (watched.passes[:4], watched.passes[4:]):
@@ -576,7 +600,8 @@ def build_classifier(name):
     torch.manual_seed(0)
     if name == "sgan_catsdogs":
         return script, script.Classifier(2, 32), torch.rand(2, 16, 3, 32, 32)
-    return script, script.Classifier(), torch.rand(
+    form = ["logsumexp"] if name == "sgan_mnist" else []
+    return script, script.Classifier(*form), torch.rand(
         2, 16, *((1, 28, 28) if name == "sgan_mnist" else (3, 32, 32)))
 
 
@@ -610,9 +635,60 @@ def test_networks_have_the_promised_shapes(name):
     images = generator(torch.randn(16, script.LATENT_DIM))
     assert images.shape == x.shape
     assert images.min() >= 0 and images.max() <= 1
-    logits, features = classifier(images)
+    logits, features, *_ = classifier(images)
     assert logits.shape == (16, 2 if name == "sgan_catsdogs" else 10)
     assert features.shape == (16, 512 if name == "sgan_catsdogs" else 128)
+
+
+def test_real_logit_of_each_form():
+    """Against the softmax of K + 1 classes, of K and a zero, and against the plain linear unit."""
+    import sgan_mnist
+    torch.manual_seed(0)
+    x = torch.rand(8, 1, 28, 28)
+    for form in ("logsumexp", "fake-class", "sigmoid-head"):
+        classifier = sgan_mnist.Classifier(form).eval()
+        with torch.no_grad():
+            logits, features, r = classifier(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert classifier(x)[2].dtype == torch.float32
+        assert r.shape == (8,)
+        extra = torch.zeros(8, 1)
+        if form != "logsumexp":
+            extra = features @ classifier.extra.weight.T + classifier.extra.bias
+        if form == "sigmoid-head":
+            real = torch.sigmoid(extra[:, 0].double())
+        else:
+            real = 1 - torch.cat([logits, extra], dim=1).double().softmax(dim=1)[:, -1]
+        torch.testing.assert_close(r.double().sigmoid(), real, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("flags", [["--generator-loss", "fool"],
+                                   ["--generator-loss", "complement"],
+                                   ["--generator-loss", "fool", "--real-logit", "fake-class"],
+                                   ["--generator-loss", "fool", "--real-logit", "sigmoid-head"]])
+def test_mnist_generator_minimises_what_its_flag_says(flags, tones, tmp_path):
+    seen = watch("sgan_mnist", [*tones["sgan_mnist"], *flags], tmp_path / "runs")
+    expected = 0
+    for step in (seen.passes[:4], seen.passes[4:]):
+        unlabeled = next(one for one in step[:3] if kind(one) == "unlabeled")
+        real, fake = unlabeled.features.double(), step[3].features.double()
+        if "complement" in flags:
+            gap = (real.mean(dim=0) - fake.mean(dim=0)).square().mean()
+            cosines = torch.nn.functional.cosine_similarity(fake[:, None], fake[None], dim=2)
+            others = ~torch.eye(len(fake), dtype=torch.bool)
+            loss = gap + cosines[others].square().mean()
+        else:  # -log D(G(z))
+            loss = -step[3].real_logit.double().sigmoid().log().mean()
+        expected += loss.item() / 2
+        for one in step[:3]:  # 0.5 (softplus(-r))' on unlabeled images, 0.5 (softplus(r))' on fakes
+            if kind(one) != "labeled":
+                grad = len(one.real_logit) * one.real_grad.double()
+                d = one.real_logit.double().sigmoid() - int(kind(one) == "unlabeled")
+                torch.testing.assert_close(grad, seen.gan_weight * 0.5 * d, rtol=1e-3, atol=1e-6)
+    assert float(seen.row["loss/g"]) == pytest.approx(expected, rel=1e-3)
+    if "--real-logit" in flags:
+        for update in seen.updates:
+            assert ("extra.weight" in update.moved["Classifier"]) == (update.of == "Classifier")
 
 
 @pytest.mark.parametrize("image_size", [64, 224])
@@ -651,7 +727,8 @@ def test_svhn_augmentation_moves_by_whole_pixels_and_repeats_the_border():
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
                 "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight"]
 DIGIT_FLAGS = ["--data-dir", "--num-labeled"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS], "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS],
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-logit", "--generator-loss"],
+         "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
                            "--test-dir", "--image-size", "--lr-generator", "--prepare",
                            "--download", "--demo"],

@@ -1,0 +1,124 @@
+"""Images a second of a training step of sgan_mnist.py, and of the Keras article's way of doing it.
+
+    python tests/bench_mnist_step.py
+
+Both train the same two networks with batches of the same sizes, in turn, in one process. The
+article's way: float32 in the default memory layout, plain Adam, no augmentation, no EMA, a backward
+pass for each of the three losses, fresh fakes for the generator, and each loss read back at every
+step. Ours does more work in a step: it augments all images, asks the EMA classifier about the
+unlabeled ones, and averages. The ceiling is the speed at which the matrix products of our step
+would take all its time, at the rate that this machine reaches in one large product.
+"""
+
+import csv
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sgan_mnist  # noqa: E402
+from common import bf16_autocast, pick_device  # noqa: E402
+
+BATCH, STEPS, ROUNDS, NUM_LABELED = 200, 30, 5, 100
+
+
+def ours(folder):
+    """Unlabeled images a second in an epoch of STEPS steps of the script itself."""
+    sys.argv = ["sgan_mnist.py", "--epochs", "1", "--batch-size", str(BATCH), "--out-dir", folder,
+                "--num-labeled", str(NUM_LABELED)]
+    sgan_mnist.main()
+    [path] = Path(folder).glob("*/metrics.csv")
+    with open(path, newline="") as f:
+        return float(list(csv.DictReader(f))[-1]["images_per_s"])
+
+
+def articles(device):
+    """The same of the plain step, on random images."""
+    classifier = sgan_mnist.Classifier("logsumexp").to(device)
+    generator = sgan_mnist.Generator().to(device)
+    opt_d = torch.optim.Adam(classifier.parameters(), 3e-3)
+    opt_g = torch.optim.Adam(generator.parameters(), 3e-3)
+    x_lab = torch.rand(min(NUM_LABELED, sgan_mnist.LABELED_BATCH), 1, 28, 28, device=device)
+    y_lab = torch.randint(10, (len(x_lab),), device=device)
+    x_all = torch.rand(BATCH * STEPS, 1, 28, 28, device=device)
+    started = time.perf_counter()
+    for x_unl in x_all.split(BATCH):
+        z = torch.randn(2, sgan_mnist.FAKE_BATCH, sgan_mnist.LATENT_DIM, device=device)
+        opt_d.zero_grad()
+        for loss in (lambda: F.cross_entropy(classifier(x_lab)[0], y_lab),
+                     lambda: F.softplus(-classifier(x_unl)[2]).mean(),
+                     lambda: F.softplus(classifier(generator(z[0]).detach())[2]).mean()):
+            value = loss()
+            value.backward()
+            value.item()
+        opt_d.step()
+        opt_g.zero_grad()
+        classifier.requires_grad_(False)
+        with torch.no_grad():
+            mean = classifier(x_unl)[1].mean(0)
+        value = (mean - classifier(generator(z[1]))[1].mean(0)).square().mean()
+        value.backward()
+        opt_g.step()
+        value.item()
+        classifier.requires_grad_(True)
+    return BATCH * STEPS / (time.perf_counter() - started)
+
+
+def ceiling(device):
+    """Unlabeled images a second if only products took time, GFLOP of a step, and GFLOP/s."""
+    flops = {}
+    for network, x in ((sgan_mnist.Classifier("logsumexp"), torch.rand(1, 1, 28, 28)),
+                       (sgan_mnist.Generator(), torch.rand(1, sgan_mnist.LATENT_DIM))):
+        with FlopCounterMode(display=False) as counter:
+            network.eval()(x)
+        flops[type(network).__name__] = counter.get_total_flops()  # forward, an image
+    lab = min(NUM_LABELED, sgan_mnist.LABELED_BATCH)
+    fakes = sgan_mnist.FAKE_BATCH
+    # forward and both gradients are 3 forward passes; the generator's update needs none of the
+    # classifier's weight gradients, 2; the teacher's pass is 1
+    step = (flops["Classifier"] * (3 * (lab + fakes + BATCH) + BATCH + 2 * fakes)
+            + flops["Generator"] * 3 * fakes)
+    with bf16_autocast(device):  # the type that the products of the script are in
+        product = torch.rand(1, 1, device=device) @ torch.rand(1, 1, device=device)
+    a, b = torch.rand(2, 2048, 2048, device=device).to(product.dtype)
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        for _ in range(10):
+            product = a @ b
+        product[0, 0].item()  # waits for the device
+        times.append((time.perf_counter() - started) / 10)
+    rate = 2 * 2048**3 / min(times)
+    return BATCH * rate / step, step / 1e9, rate / 1e9
+
+
+def main():
+    device = pick_device("auto")
+    torch.manual_seed(0)
+    x, y = torch.randint(256, (BATCH * STEPS, 1, 28, 28)).byte(), torch.arange(BATCH * STEPS) % 10
+    sgan_mnist.NUM_VAL = 0
+    sgan_mnist.load_images = lambda data_dir, train: (x, y) if train else (x[:100], y[:100])
+    speeds = {"ours": [], "articles": []}
+    for _ in range(ROUNDS + 1):
+        with tempfile.TemporaryDirectory() as folder:
+            speeds["ours"].append(ours(folder))
+        speeds["articles"].append(articles(device))
+    mine, theirs = (statistics.median(values[1:]) for values in speeds.values())  # 1 to warm up
+    ratios = [a / b for a, b in list(zip(*speeds.values()))[1:]]
+    best, gflop, rate = ceiling(device)
+    print(f"\nunlabeled images a second, median of {ROUNDS} rounds of {STEPS} steps of {BATCH}, "
+          f"{torch.get_num_threads()} threads, {device}:")
+    print(f"ours {mine:.0f}, the article's way {theirs:.0f}: {statistics.median(ratios):.2f}x "
+          f"({min(ratios):.2f} to {max(ratios):.2f})")
+    print(f"ceiling {best:.0f} ({gflop:.1f} GFLOP a step at {rate:.0f} GFLOP/s): "
+          f"ours reaches {mine / best:.0%} of it")
+
+
+if __name__ == "__main__":
+    main()
