@@ -787,7 +787,8 @@ def test_scripts_run_on_the_gpu(name, method, tones, tmp_path):
 
 def assert_refused(capsys, words, tmp_path, name, *flags):
     """Exit status 2, one sentence on stderr that names the trouble, and no run folder."""
-    with pytest.raises(SystemExit) as stop:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.chdir(tmp_path)  # flags left out have defaults under data/, where a user has data
         call_main(name, *flags, "--dry-run", "--out-dir", tmp_path / "runs")
     message = capsys.readouterr().err
     assert stop.value.code == 2
