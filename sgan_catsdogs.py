@@ -79,7 +79,7 @@ def parse_args():
                         help="fetch Microsoft's archive (0.8 GB) to data/ and prepare that")
     source.add_argument("--split-seed", type=int, default=0, help="which images are labeled")
     source.add_argument("--demo", action="store_true",
-                        help="draw 2,000 small cartoon pets and train on them: minutes")
+                        help="draw 2,000 small cartoon pets and train on them for a few minutes")
     args = parser.parse_args()
     if args.demo:  # the main job on other data: these become the defaults, flags still count
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",

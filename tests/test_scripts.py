@@ -251,11 +251,15 @@ def held_out(run, part):
     return x, np.unique(names, return_inverse=True)[1]
 
 
+def new_classifier(name, num_classes=2):
+    """The untrained classifier of a script; num_classes is of pets, which are 32 pixels wide."""
+    arguments = {"sgan_catsdogs": (num_classes, 32), "sgan_mnist": ("logsumexp",), "sgan_svhn": ()}
+    return importlib.import_module(name).Classifier(*arguments[name])
+
+
 def logits_of(run, weights, x, batch_size):
-    module = importlib.import_module(run.script)
-    arguments = {"sgan_catsdogs": (run.num_classes, 32), "sgan_mnist": ("logsumexp",),
-                 "sgan_svhn": ()}[run.script]
-    classifier = module.Classifier(*arguments).to(memory_format=torch.channels_last).eval()
+    classifier = new_classifier(run.script, run.num_classes)
+    classifier = classifier.to(memory_format=torch.channels_last).eval()
     classifier.load_state_dict(weights)
     with torch.no_grad(), bf16_autocast(CPU):
         return torch.cat([classifier(batch)[0].float() for batch in x.split(batch_size)])
@@ -516,13 +520,23 @@ def test_each_update_moves_its_own_network_by_its_own_gradient(watched):
         assert update.new_gradients[update.of] == set(weights[update.of])
 
 
+def consistency_gradient(seen):
+    """N times that of E [teacher is sure] -log p(teacher's label | x) by the logits: (N, K)."""
+    p, (sure, guess) = seen.logits.double().softmax(dim=1), seen.teacher
+    return sure[:, None] * (p - torch.nn.functional.one_hot(guess, p.shape[1]))
+
+
+def real_gradient(seen, target):
+    """N times that of -log D(x), target 1, or -log(1 - D(x)), target 0, by the logits: (N, K)."""
+    z = seen.logits.double().exp().sum(dim=1, keepdim=True)
+    return (z / (1 + z) - target) * seen.logits.double().softmax(dim=1)
+
+
 def test_classifier_minimises_the_losses_with_their_weights(watched):
     for seen in watched.passes:
         if seen.for_generator:
             continue
         n, p = len(seen.logits), seen.logits.double().softmax(dim=1)
-        real = seen.logits.double().exp().sum(dim=1, keepdim=True)
-        real = real / (1 + real)  # D(x)
         grad = n * seen.grad.double()
         if kind(seen) == "labeled":  # p - 1[y]
             y = (p - grad).argmax(dim=1)
@@ -530,11 +544,10 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
             if watched.name == "sgan_catsdogs":
                 assert y.tolist() == (seen.colors[:, 0] < seen.colors[:, 2]).long().tolist()
         else:  # 0.5 (softplus(-r))' = -0.5 (1 - D) p, and 0.5 (softplus(r))' = 0.5 D p
-            expected = watched.gan_weight * 0.5 * (real if kind(seen) == "fake" else real - 1) * p
+            target = 0 if kind(seen) == "fake" else 1
+            expected = watched.gan_weight * 0.5 * real_gradient(seen, target)
         if kind(seen) == "unlabeled":
-            sure, guess = seen.teacher
-            wish = torch.nn.functional.one_hot(guess, p.shape[1])
-            expected = expected + watched.consistency_weight * sure[:, None] * (p - wish)
+            expected = expected + watched.consistency_weight * consistency_gradient(seen)
         # the logits and their gradient may be bfloat16, of 8 bits
         torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
 
@@ -545,13 +558,10 @@ def test_consistency_of_pets_grows_over_the_first_third(tones, tmp_path):
     assert seen.results["steps"] == 6
     for step, ramp in ((seen.passes[:4], 0.5), (seen.passes[4:8], 1.0)):
         unlabeled = next(one for one in step if kind(one) == "unlabeled")
-        p = unlabeled.logits.double().softmax(dim=1)
-        z = unlabeled.logits.double().exp().sum(dim=1, keepdim=True)
-        sure, guess = unlabeled.teacher
-        wish = torch.nn.functional.one_hot(guess, p.shape[1])
-        gan = seen.gan_weight * 0.5 * (z / (1 + z) - 1) * p
-        expected = gan + ramp * seen.consistency_weight * sure[:, None] * (p - wish)
-        torch.testing.assert_close(len(p) * unlabeled.grad.double(), expected, rtol=0.02, atol=1e-4)
+        expected = (seen.gan_weight * 0.5 * real_gradient(unlabeled, 1)
+                    + ramp * seen.consistency_weight * consistency_gradient(unlabeled))
+        grad = len(expected) * unlabeled.grad.double()
+        torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
 
 
 def test_logged_losses_are_those_of_the_outputs(watched):
@@ -598,10 +608,7 @@ def test_final_weights_are_the_moving_average(watched):
 def build_classifier(name):
     script = importlib.import_module(name)
     torch.manual_seed(0)
-    if name == "sgan_catsdogs":
-        return script, script.Classifier(2, 32), torch.rand(2, 16, 3, 32, 32)
-    form = ["logsumexp"] if name == "sgan_mnist" else []
-    return script, script.Classifier(*form), torch.rand(
+    return script, new_classifier(name), torch.rand(
         2, 16, *((1, 28, 28) if name == "sgan_mnist" else (3, 32, 32)))
 
 
