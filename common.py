@@ -80,6 +80,13 @@ def positive(**flags: float):
             die(f"--{name.replace('_', '-')} must be positive, but it is {value}")
 
 
+def not_negative(**flags: float):
+    """Refuse the first of the named flags that is below zero: `not_negative(seed=0)`."""
+    for name, value in flags.items():
+        if not value >= 0:
+            die(f"--{name.replace('_', '-')} must not be negative, but it is {value}")
+
+
 def pick_device(name: str) -> torch.device:
     """"auto", "cpu" or "cuda" -> device; "auto" takes the GPU where there is one."""
     if name == "cuda" and not torch.cuda.is_available():
@@ -247,7 +254,8 @@ def atomic(path):
 class Run:
     """The folder of one run, `out_dir/name__time/`: args.json, metrics.csv, checkpoints, results.
 
-    name: what was run, e.g. "sgan_mnist__n100__split0__seed0"; config: all flags, for args.json.
+    name: what was run, e.g. "sgan_mnist__n100__split0__seed0"; config: all flags, for args.json and
+    results.json.
     Every file is written whole or not at all.
     """
 
@@ -262,15 +270,15 @@ class Run:
                 continue
             except OSError as error:
                 die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
-        self.rows = []
+        self.config, self.rows = dict(config), []  # as given: a dry run changes some
         with atomic(self.dir / "args.json") as tmp:
             tmp.write_text(json.dumps(config, indent=2, default=str) + "\n")
 
     def log(self, row: dict):
-        """Add one evaluation to metrics.csv; row: column -> number, the same columns each time."""
+        """Add one evaluation to metrics.csv; row: column -> number, empty where a row has none."""
         self.rows.append(row)
         text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[0]))
+        writer = csv.DictWriter(text, fieldnames=dict.fromkeys(k for one in self.rows for k in one))
         writer.writeheader()
         writer.writerows(self.rows)
         with atomic(self.dir / "metrics.csv") as tmp:
@@ -284,19 +292,21 @@ class Run:
     def finish(self, device: torch.device, **results):
         """Write results.json and print the same object after the word RESULT, as the last line.
 
-        Adds peak_memory_mib: of GPU memory on CUDA, otherwise of this process's resident memory.
+        The object has every flag, the results, which replace flags of the same name, and
+        peak_memory_mib: of GPU memory on CUDA, otherwise of this process's resident memory.
         """
         if device.type == "cuda":
             peak, name = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.get_device_name()
         else:
             unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
             peak, name = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, "cpu"
-        results |= {"peak_memory_mib": round(peak), "device": name, "torch": torch.__version__}
+        results = {**self.config, **results, "peak_memory_mib": round(peak), "device": name,
+                   "torch": torch.__version__}
         results = {key: None if value != value else value for key, value in results.items()}  # NaN
         with atomic(self.dir / "results.json") as tmp:
-            tmp.write_text(json.dumps(results, indent=2) + "\n")
+            tmp.write_text(json.dumps(results, indent=2, default=str) + "\n")
         print(f"written to {self.dir}")
-        print("RESULT", json.dumps(results), flush=True)
+        print("RESULT", json.dumps(results, default=str), flush=True)
 
 
 class StepMeans:

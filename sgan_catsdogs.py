@@ -35,9 +35,9 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (Run, StepMeans, atomic, bf16_autocast, dali_loader, die, errors_and_others,
-                    evaluate, fake_loss, fool_loss, labeled_loss, pick_device, plot_confusion,
-                    plot_curves, plot_predictions, positive, real_logit, save_samples,
-                    seed_everything, unlabeled_loss)
+                    evaluate, fake_loss, fool_loss, labeled_loss, not_negative, pick_device,
+                    plot_confusion, plot_curves, plot_predictions, positive, real_logit,
+                    save_samples, seed_everything, unlabeled_loss)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
@@ -92,8 +92,8 @@ def parse_args():
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
-    if min(args.seed, args.split_seed) < 0:
-        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
+    not_negative(seed=args.seed, split_seed=args.split_seed, gan_weight=args.gan_weight,
+                 consistency_weight=args.consistency_weight)
     return args
 
 
@@ -419,12 +419,10 @@ def main():
                                         device))
     plot_predictions(x_shown, y_shown, predicted[shown], class_names, run.dir / "predictions.png",
                      "test errors, and correct ones")
-    run.finish(device, script="sgan_catsdogs", method=method, gan_weight=args.gan_weight,
-               consistency_weight=args.consistency_weight, num_labeled=num_labeled,
-               seed=args.seed, split_seed=split_seed, image_size=args.image_size,
-               epochs=args.epochs, steps=step, val_accuracy=val_ema["accuracy"],
-               test_accuracy=test["accuracy"], test_accuracy_best_val=test_best["accuracy"],
-               seconds=round(seconds, 1))
+    run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
+               split_seed=split_seed, steps=step, seconds=round(seconds, 1),
+               val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
+               test_accuracy_best_val=test_best["accuracy"])
 
 
 # ================================== making the four folders =======================================

@@ -5,6 +5,10 @@ discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum
 generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
 sections 3.1 and 5). Two flags choose other forms of both.
 
+It begins with a warm-up on the labeled digits alone. From then on the moving average (EMA) of the
+classifier labels the unlabeled digits that it is sure of, and the classifier learns these labels
+too, on augmented digits. The average is what is scored.
+
     python sgan_mnist.py                        # 100 labels, 10 of each digit
     python sgan_mnist.py --supervised-only      # the baseline: labeled digits alone
     python sgan_mnist.py --num-labeled 30000    # half of the labels
@@ -25,17 +29,16 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_and_others, evaluate,
-                    fake_loss, fool_loss, labeled_loss, pick_device, plot_confusion, plot_curves,
-                    plot_predictions, positive, real_logit, save_samples, seed_everything,
-                    unlabeled_loss)
+                    fake_loss, fool_loss, labeled_loss, not_negative, pick_device, plot_confusion,
+                    plot_curves, plot_predictions, positive, real_logit, save_samples,
+                    seed_everything, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
-FAKE_BATCH = 100  # generated images in each step
+FAKE_BATCH = 50  # generated images in each step
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.95  # from which probability on the EMA classifier's own labels are trained on
-EMA_DECAY = 0.99
+CONFIDENCE = 0.8  # above which probability the EMA classifier's own labels are trained on
 
 
 def parse_args():
@@ -53,24 +56,36 @@ def parse_args():
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier and steps, labeled images alone")
-    train.add_argument("--epochs", type=int, default=3, help="passes over the unlabeled images")
+    train.add_argument("--warmup-steps", type=int, default=300,
+                       help="steps on labeled images alone, before the first epoch")
+    train.add_argument("--epochs", type=int, default=4, help="passes over the unlabeled images")
     train.add_argument("--batch-size", type=int, default=200, help="unlabeled images a step")
-    train.add_argument("--lr", type=float, default=3e-3, help="Adam, classifier and generator")
+    train.add_argument("--lr", type=float, default=3e-3,
+                       help="Adam, both networks; falls to 0 over the second half of all steps")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class", "sigmoid-head"],
                        default="logsumexp", help="what tells real from fake, see Classifier")
     train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
                        default="feature-matching",
                        help="match mean features, pass for a digit, or match and spread out")
-    train.add_argument("--gan-weight", type=float, default=1.0,
-                       help="of the unlabeled and fake terms; 0: the generator is of no effect")
+    train.add_argument("--gan-weight", type=float, default=0.3,
+                       help="half of it weighs the unlabeled and fake terms; 0: no GAN")
     train.add_argument("--consistency-weight", type=float, default=1.0,
                        help="of agreeing with the EMA classifier on unlabeled images; 0: without")
+    train.add_argument("--augmentation", type=float, default=1.0,
+                       help="strength from 0, none, to 1; on labeled, unlabeled and fake images")
+    train.add_argument("--ema-decay", type=float, default=0.99,
+                       help="of the averaged classifier, which is scored; 0: the raw weights")
     args = parser.parse_args()
     positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
-    if min(args.seed, args.split_seed) < 0:
-        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
+    if args.augmentation > 1:
+        die(f"--augmentation must be at most 1, but it is {args.augmentation}")
+    not_negative(seed=args.seed, split_seed=args.split_seed, warmup_steps=args.warmup_steps,
+                 gan_weight=args.gan_weight, consistency_weight=args.consistency_weight,
+                 augmentation=args.augmentation, ema_decay=args.ema_decay)
+    if args.ema_decay >= 1:
+        die(f"--ema-decay must be below 1, or nothing is averaged, but it is {args.ema_decay}")
     return args
 
 
@@ -88,15 +103,28 @@ def load_images(data_dir, train):
     return data.data[:, None], data.targets.long()
 
 
-def augment(x):
-    """Shift, turn and scale each image at random, differentiable; (N, 1, 28, 28) -> the same."""
-    n = len(x)
-    shift_x, shift_y, turn, scale = torch.rand(4, n, device=x.device) * 2 - 1
-    turn, scale = 0.2 * turn, 1 + 0.1 * scale  # up to 11 degrees, 10%
-    cos, sin = scale * turn.cos(), scale * turn.sin()
-    theta = torch.stack([cos, -sin, shift_x / 7, sin, cos, shift_y / 7], dim=1)  # up to 2 pixels
+def augment(x, strength):
+    """Redraw each digit a little differently, differentiable; (N, 1, 28, 28) -> the same.
+
+    Strength 1: shifts up to 2 pixels, turns up to 14 degrees, sides from 17% shorter to 25% longer,
+    shear up to 17 degrees, a smooth warp (standard deviation 1 pixel at 5 x 5 nodes), strokes
+    thicker or thinner in 6 images of 10. Strength 0 leaves the images as they are.
+    """
+    n, device = len(x), x.device
+    shift_x, shift_y, turn, shear, side_x, side_y = (torch.rand(6, n, device=device) * 2 - 1
+                                                     ) * strength
+    turn, side_x, side_y = 0.25 * turn, 1 + 0.2 * side_x, 1 + 0.2 * side_y
+    lean = turn + 0.3 * shear
+    theta = torch.stack([side_x * turn.cos(), -side_y * lean.sin(), shift_x / 7,
+                         side_x * turn.sin(), side_y * lean.cos(), shift_y / 7], dim=1)
     grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, 28, 28, 2)
-    return F.grid_sample(x, grid, align_corners=False)
+    warp = strength / 14 * torch.randn(n, 2, 5, 5, device=device)  # a pixel is 2/28 of the grid
+    warp = F.interpolate(warp, size=28, mode="bicubic", align_corners=True)  # (N, 2, 28, 28)
+    x = F.grid_sample(x, grid + warp.permute(0, 2, 3, 1), align_corners=False)
+    thick, thin = F.max_pool2d(x, 3, 1, 1), -F.max_pool2d(-x, 3, 1, 1)
+    kind, amount = torch.rand(2, n, 1, 1, 1, device=device)
+    strokes = torch.where(kind < 0.3, thick, torch.where(kind < 0.6, thin, x))
+    return x.lerp(strokes, strength * amount)
 
 
 # ============================================ networks ============================================
@@ -180,11 +208,12 @@ def main():
     seed_everything(args.seed)
     x_train, y_train = load_images(args.data_dir, train=True)  # (N, 1, 28, 28) uint8, (N,)
     x_test, y_test = load_images(args.data_dir, train=False)
+    # half of what is left where nearly all are labeled, none where all are
     num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
-    labeled, val, unlabeled = balanced_split(y_train, args.num_labeled, num_val, NUM_CLASSES,
-                                             args.split_seed)
+    labeled, validation, unlabeled = balanced_split(y_train, args.num_labeled, num_val,
+                                                    NUM_CLASSES, args.split_seed)
     x_labeled, y_labeled = x_train[labeled].to(device), y_train[labeled].to(device)
-    x_val, y_val = x_train[val].to(device), y_train[val].to(device)
+    x_val, y_val = x_train[validation].to(device), y_train[validation].to(device)
     x_unlabeled = x_train[torch.cat([labeled, unlabeled])].to(device)  # no labels from here on
     x_test, y_test = x_test.to(device), y_test.to(device)
     if len(x_unlabeled) < args.batch_size:
@@ -200,7 +229,7 @@ def main():
 
     classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
-    generator = Generator().to(device).to(memory_format=torch.channels_last)
+    generator = Generator().to(device)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.randn(100, LATENT_DIM, device=device)
@@ -211,18 +240,24 @@ def main():
     steps_per_epoch = len(x_unlabeled) // args.batch_size
     if args.dry_run:
         args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
+        args.warmup_steps = min(2, args.warmup_steps)
+    total_steps = args.warmup_steps + args.epochs * steps_per_epoch
     step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
 
-    for epoch in range(1, args.epochs + 1):
+    for epoch in range(0 if args.warmup_steps else 1, args.epochs + 1):  # epoch 0: the warm-up
         order = torch.randperm(len(x_unlabeled), device=device)
+        steps = steps_per_epoch if epoch else args.warmup_steps
+        labeled_only = args.supervised_only or epoch == 0
         epoch_started = time.perf_counter()
-        for i in tqdm(range(steps_per_epoch), f"epoch {epoch}/{args.epochs}", disable=None,
-                      leave=False):
+        for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", disable=None, leave=False):
+            for opt in (opt_d, opt_g):  # constant for half of the steps, then linearly to 0
+                opt.param_groups[0]["lr"] = args.lr * min(1, 2 * (1 - step / total_steps))
             step += 1
             chosen = torch.randperm(args.num_labeled, device=device)[:LABELED_BATCH]
-            x_lab, y_lab = augment(x_labeled[chosen] / 255), y_labeled[chosen]  # (n, 1, 28, 28)
+            x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 1, 28, 28)
+            y_lab = y_labeled[chosen]
 
-            if args.supervised_only:
+            if labeled_only:
                 with autocast:
                     logits_lab, _, _ = classifier(x_lab)  # (n, K)
                 loss_lab = labeled_loss(logits_lab, y_lab)
@@ -236,33 +271,37 @@ def main():
                 z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                x_fake = augment(x_fake.float())  # (M, 1, 28, 28), used in both updates
+                # (M, 1, 28, 28), used in both updates
+                x_fake = augment(x_fake.float(), args.augmentation)
 
                 # ---- the EMA classifier, as teacher, labels the unlabeled digits ----
                 with torch.no_grad(), autocast:
-                    logits_teacher, _, _ = classifier_ema(augment(x_unl))  # (N, K)
+                    logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
                 p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
                 sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
+                x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
+
                 # ---- classifier: labels right, digits real, fakes fake ----
-                # Three forward passes, as batch norm would mix the three kinds of images; only
-                # unlabeled digits move the running statistics, as only digits are evaluated.
+                # Three forward passes, as batch norm would mix the three kinds of images. In
+                # these steps only unlabeled digits move the running statistics: fakes are not
+                # evaluated, and the labeled ones are few.
                 classifier.requires_grad_(True)
                 with autocast:
                     update_batch_norm_statistics(classifier, False)
                     logits_lab, _, _ = classifier(x_lab)  # (n, K)
                     _, _, r_fake = classifier(x_fake.detach())  # (M,)
                     update_batch_norm_statistics(classifier, True)
-                    # (N, K), (N, 128), (N,)
-                    logits_unl, feat_unl, r_unl = classifier(augment(x_unl))
+                    logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
                     update_batch_norm_statistics(classifier, False)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
+                # -E [teacher is sure] log p(teacher's label | augmented x), as in FixMatch
+                # (Sohn et al. 2020, arXiv:2001.07685, section 2), where there is no EMA in training
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * sure).mean()
-                # 0.5: as in the code of Salimans et al.
+                # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
@@ -294,19 +333,19 @@ def main():
                                   "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
             # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
+            decay = min(args.ema_decay, (1 + step) / (10 + step))
             for ema, now in zip(classifier_ema.state_dict().values(),
                                 classifier.state_dict().values()):
                 ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
 
         # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
         means = losses.means()  # waits for the device
-        images_seen = steps_per_epoch * (len(x_lab) if args.supervised_only else args.batch_size)
+        images_seen = steps * (len(x_lab) if labeled_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
             val = evaluate(classifier, held_out(x_val, y_val), NUM_CLASSES)
             val_ema = evaluate(classifier_ema, held_out(x_val, y_val), NUM_CLASSES)
-            if not args.supervised_only:
+            if not labeled_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
         for weights, scored in (("raw", val), ("ema", val_ema)):
             if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
@@ -338,12 +377,9 @@ def main():
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
                      run.dir / "predictions.png", "test errors, and correct ones")
-    run.finish(device, script="sgan_mnist", method=method, real_logit=args.real_logit,
-               generator_loss=args.generator_loss, gan_weight=args.gan_weight,
-               consistency_weight=args.consistency_weight, num_labeled=args.num_labeled,
-               seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
+    run.finish(device, script="sgan_mnist", method=method, steps=step, seconds=round(seconds, 1),
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
-               test_accuracy_best_val=test_best["accuracy"], seconds=round(seconds, 1))
+               test_accuracy_best_val=test_best["accuracy"])
 
 
 if __name__ == "__main__":

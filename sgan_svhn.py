@@ -26,7 +26,7 @@ from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_and_others, evaluate,
-                    fake_loss, labeled_loss, pick_device, plot_confusion, plot_curves,
+                    fake_loss, labeled_loss, not_negative, pick_device, plot_confusion, plot_curves,
                     plot_predictions, positive, real_logit, save_samples, seed_everything,
                     unlabeled_loss)
 
@@ -65,8 +65,8 @@ def parse_args():
     positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
-    if min(args.seed, args.split_seed) < 0:
-        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
+    not_negative(seed=args.seed, split_seed=args.split_seed, gan_weight=args.gan_weight,
+                 consistency_weight=args.consistency_weight)
     return args
 
 
@@ -331,11 +331,9 @@ def main():
     shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
     plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
                      run.dir / "predictions.png", "test errors, and correct ones")
-    run.finish(device, script="sgan_svhn", method=method, gan_weight=args.gan_weight,
-               consistency_weight=args.consistency_weight, num_labeled=args.num_labeled,
-               seed=args.seed, split_seed=args.split_seed, epochs=args.epochs, steps=step,
+    run.finish(device, script="sgan_svhn", method=method, steps=step, seconds=round(seconds, 1),
                val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
-               test_accuracy_best_val=test_best["accuracy"], seconds=round(seconds, 1))
+               test_accuracy_best_val=test_best["accuracy"])
 
 
 if __name__ == "__main__":

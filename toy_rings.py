@@ -25,8 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (Run, StepMeans, atomic, balanced_split, die, evaluate, fake_loss, fool_loss,
-                    labeled_loss, pick_device, positive, real_logit, save_figure, seed_everything,
-                    unlabeled_loss)
+                    labeled_loss, not_negative, pick_device, positive, real_logit, save_figure,
+                    seed_everything, unlabeled_loss)
 
 METHODS = ["supervised", "fool", "feature-matching", "complement"]
 NUM_POINTS, NUM_TEST = 2000, 2000
@@ -55,8 +55,7 @@ def parse_args():
     parser.add_argument("--epochs", type=int, default=50, help="passes over the points, a method")
     args = parser.parse_args()
     positive(num_labeled=args.num_labeled, epochs=args.epochs)
-    if min(args.seed, args.split_seed) < 0:
-        die(f"--{'seed' if args.seed < 0 else 'split-seed'} must not be negative")
+    not_negative(seed=args.seed, split_seed=args.split_seed)
     return args
 
 
@@ -275,9 +274,8 @@ def main():
     seconds = time.perf_counter() - started
     run.save("final.pt", weights)
     draw_figures(x, y, labeled, snapshots, accuracy, run)
-    run.finish(device, script="toy_rings", method=" ".join(methods), num_labeled=args.num_labeled,
-               seed=args.seed, split_seed=args.split_seed, epochs=args.epochs,
-               steps=snapshots["supervised"][-1][0], accuracy=accuracy, seconds=round(seconds, 1))
+    run.finish(device, script="toy_rings", method=" ".join(methods), accuracy=accuracy,
+               steps=snapshots["supervised"][-1][0], seconds=round(seconds, 1))
 
 
 if __name__ == "__main__":

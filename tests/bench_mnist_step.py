@@ -30,8 +30,8 @@ BATCH, STEPS, ROUNDS, NUM_LABELED = 200, 30, 5, 100
 
 def ours(folder):
     """Unlabeled images a second in an epoch of STEPS steps of the script itself."""
-    sys.argv = ["sgan_mnist.py", "--epochs", "1", "--batch-size", str(BATCH), "--out-dir", folder,
-                "--num-labeled", str(NUM_LABELED)]
+    sys.argv = ["sgan_mnist.py", "--epochs", "1", "--warmup-steps", "0", "--batch-size", str(BATCH),
+                "--out-dir", folder, "--num-labeled", str(NUM_LABELED)]
     sgan_mnist.main()
     [path] = Path(folder).glob("*/metrics.csv")
     with open(path, newline="") as f:

@@ -81,7 +81,7 @@ def pet_folders(root):
 
 
 PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
-MNIST = ["--device", "cpu", "--batch-size", 50]
+MNIST = ["--device", "cpu", "--batch-size", 50, "--warmup-steps", 20]
 SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40]
 
 
@@ -166,7 +166,7 @@ def run(request):
     run.script = {"mnist": "sgan_mnist", "svhn": "sgan_svhn", "pets": "sgan_catsdogs"}[data]
     run.method = "supervised" if key == "supervised" else "sgan"
     run.num_classes = {"pets": 3 if key == "flat" else 2}.get(data, 10)
-    run.epochs = 2 if data == "mnist" else 1
+    run.epochs, run.warmup_steps = (2, 20) if data == "mnist" else (1, 0)
     if key == "flat":
         run.data_dir = request.getfixturevalue("flat_pets")
     return run
@@ -175,13 +175,11 @@ def run(request):
 def test_run_ends_with_its_result(run):
     results = run.results
     assert results == json.loads((run.folder / "results.json").read_text())
-    assert set(results) == {
-        "script", "method", "gan_weight", "consistency_weight", "num_labeled", "seed",
-        "split_seed", "epochs", "steps", "val_accuracy", "test_accuracy",
-        "test_accuracy_best_val", "seconds", "peak_memory_mib", "device", "torch",
-        *(["image_size"] if run.data == "pets" else []),
-        *(["real_logit", "generator_loss"] if run.data == "mnist" else [])}
     args = json.loads((run.folder / "args.json").read_text())
+    assert set(results) == set(args) | {
+        "script", "method", "num_labeled", "split_seed", "steps", "val_accuracy", "test_accuracy",
+        "test_accuracy_best_val", "seconds", "peak_memory_mib", "device", "torch"}
+    assert all(results[name] == args[name] for name in set(args) - {"device", "split_seed"})
     assert (results["script"], results["method"]) == (run.script, run.method)
     assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
     assert results["split_seed"] == (None if run.data == "pets" else args["split_seed"])
@@ -190,7 +188,7 @@ def test_run_ends_with_its_result(run):
     steps = {"mnist": 500 // 50, "svhn": 400 // 40, "pets": 48 // 16}[run.data]
     if run.data == "pets" and run.method == "supervised":
         steps = 100
-    assert results["steps"] == run.epochs * steps
+    assert results["steps"] == run.epochs * steps + run.warmup_steps
     assert results["device"] == "cpu" and results["torch"] == torch.__version__
     assert results["seconds"] > 0
     name = [run.script, run.method, f"n{results['num_labeled']}", f"seed{results['seed']}"]
@@ -201,17 +199,20 @@ def test_run_ends_with_its_result(run):
 def test_run_writes_metrics(run):
     columns = {"step", "epoch", "seconds", "loss/lab", "val_loss", "val_accuracy", "val_loss_ema",
                "val_accuracy_ema", "images_per_s"}
-    if run.method == "sgan":
-        columns |= {"loss/unl", "loss/fake", "loss/g", "monitor/p_real_unl", "monitor/p_real_fake"}
-    assert len(run.rows) == run.epochs
-    for n, row in enumerate(run.rows):
-        assert columns <= set(row)
-        assert all(name.startswith(("loss/", "monitor/")) for name in set(row) - columns)
-        assert run.method == "sgan" or set(row) == columns
-        numbers = {column: float(number) for column, number in row.items()}
+    first_epoch = 0 if run.warmup_steps else 1
+    assert len(run.rows) == run.epochs + 1 - first_epoch
+    gan = {"loss/unl", "loss/fake", "loss/g", "monitor/p_real_unl", "monitor/p_real_fake"}
+    for epoch, row in enumerate(run.rows, first_epoch):
+        numbers = {column: float(number) for column, number in row.items() if number != ""}
+        if run.method == "sgan" and epoch:
+            assert columns | gan <= set(numbers)
+            assert all(name.startswith(("loss/", "monitor/")) for name in set(numbers) - columns)
+        else:  # the baseline and the warm-up know labeled images only
+            assert set(numbers) == columns
         assert all(map(math.isfinite, numbers.values()))
-        assert numbers["epoch"] == n + 1
-        assert numbers["step"] == (n + 1) * run.results["steps"] / run.epochs
+        assert numbers["epoch"] == epoch
+        steps = (run.results["steps"] - run.warmup_steps) / run.epochs
+        assert numbers["step"] == run.warmup_steps + epoch * steps
         assert all(0 <= numbers[column] <= 1 for column in columns
                    if "accuracy" in column or "monitor" in column)
     assert float(run.rows[-1]["val_accuracy_ema"]) == run.results["val_accuracy"]
@@ -379,7 +380,9 @@ def tones(tmp_path_factory):
     flags = ["--device", "cpu", "--dry-run", "--batch-size", 20]
     flags += ["--gan-weight", 0.7, "--consistency-weight", 0.4]
     data = ["--data-dir", root, "--num-labeled", 10]
-    return {"sgan_mnist": [*flags, *data], "sgan_svhn": [*flags, *data],
+    # as it is, the tone of an image tells its kind: no warm-up, and no black from beyond the border
+    mnist = ["--warmup-steps", 0, "--augmentation", 0.1]
+    return {"sgan_mnist": [*flags, *data, *mnist], "sgan_svhn": [*flags, *data],
             "sgan_catsdogs": [*flags, *pet_folders(root), "--image-size", 32]}
 
 
@@ -698,6 +701,33 @@ def test_mnist_generator_minimises_what_its_flag_says(flags, tones, tmp_path):
             assert ("extra.weight" in update.moved["Classifier"]) == (update.of == "Classifier")
 
 
+def test_mnist_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(tones, tmp_path):
+    rates = []
+
+    def rate(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    handle = register_optimizer_step_pre_hook(rate)
+    try:
+        seen = watch("sgan_mnist", [*tones["sgan_mnist"], "--warmup-steps", 5, "--lr", 0.002],
+                     tmp_path / "runs")
+    finally:
+        handle.remove()
+    assert seen.results["steps"] == 4  # a dry run takes two of each
+    assert [update.of for update in seen.updates] == ["Classifier"] * 2 + ["Classifier",
+                                                                           "Generator"] * 2
+    assert [kind(one) for one in seen.passes[:2]] == ["labeled", "labeled"]
+    assert "fake" in map(kind, seen.passes[2:6])
+    # the half of 4 steps at the full rate, then 2 (1 - step / 4) of it
+    assert rates == pytest.approx([0.002] * 2 + [0.002] * 2 + [0.001] * 2)
+
+
+def test_mnist_without_ema_scores_the_raw_weights(tones, tmp_path):
+    seen = watch("sgan_mnist", [*tones["sgan_mnist"], "--ema-decay", 0], tmp_path / "runs")
+    assert same_bits(seen.final["classifier"],
+                     copied(seen.networks["Classifier"].state_dict().items()))
+
+
 @pytest.mark.parametrize("image_size", [64, 224])
 def test_pets_generator_grows_with_the_image_size(image_size):
     script = importlib.import_module("sgan_catsdogs")
@@ -711,11 +741,34 @@ def test_pets_generator_grows_with_the_image_size(image_size):
 def test_augmentation_differs_by_image_and_lets_the_gradient_through(name):
     script, _, (x, _) = build_classifier(name)
     x = x[:1].repeat(16, 1, 1, 1).requires_grad_()
-    out = script.augment(x)
+    out = script.augment(x, *([1.0] if name == "sgan_mnist" else []))
     assert out.shape == x.shape
     assert len({tuple(image.flatten().tolist()) for image in out}) > 8
     out.sum().backward()
     assert (x.grad.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_mnist_augmentation_of_strength_0_changes_nothing_and_grows_with_strength():
+    script, _, (x, _) = build_classifier("sgan_mnist")
+    torch.testing.assert_close(script.augment(x, 0.0), x, rtol=0, atol=1e-4)
+    far = [(script.augment(x, strength) - x).abs().mean().item() for strength in (0.02, 0.2, 1.0)]
+    assert 0 < far[0] < far[1] < far[2]
+
+
+def test_mnist_augmentation_moves_a_dot_by_a_few_pixels_and_seldom_loses_it():
+    script, _, _ = build_classifier("sgan_mnist")
+    x = torch.zeros(200, 1, 28, 28)
+    x[:, :, 13:15, 13:15] = 1.0
+    out = script.augment(x, 1.0)
+    mass = out.sum(dim=(1, 2, 3))
+    assert (mass > 0.1).float().mean() > 0.9
+    seen = out[mass > 0.1, 0]
+    along = torch.arange(28.0) - 13.5
+    for axis in (1, 2):
+        center = (seen.sum(dim=3 - axis) * along).sum(dim=1) / seen.sum(dim=(1, 2))
+        # uniform up to 2 has a standard deviation of 1.2, the warp adds about 1, rarely 4
+        assert 1 < center.std() < 2.5 and center.abs().max() < 7
+        assert center.mean().abs() < 0.5
 
 
 def test_svhn_augmentation_moves_by_whole_pixels_and_repeats_the_border():
@@ -734,7 +787,8 @@ def test_svhn_augmentation_moves_by_whole_pixels_and_repeats_the_border():
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
                 "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight"]
 DIGIT_FLAGS = ["--data-dir", "--num-labeled"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-logit", "--generator-loss"],
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-logit", "--generator-loss",
+                        "--warmup-steps", "--augmentation", "--ema-decay"],
          "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
                            "--test-dir", "--image-size", "--lr-generator", "--prepare",
@@ -817,9 +871,18 @@ BAD_FLAGS = {
     "lr nan": (["--lr", "nan"], "--lr"),
     "seed negative": (["--seed", -1], "--seed"),
     "split seed negative": (["--split-seed", -1], "--split-seed"),
+    "gan weight negative": (["--gan-weight", -1], "--gan-weight"),
+    "consistency weight nan": (["--consistency-weight", "nan"], "--consistency-weight"),
 }
 BAD_NUM_LABELED = {"num labeled 15": (15, "15"), "num labeled zero": (0, "0"),
                    "num labeled negative": (-10, "-10"), "num labeled too many": (100_000, "900")}
+BAD_MNIST_FLAGS = {
+    "warm-up negative": (["--warmup-steps", -1], "--warmup-steps"),
+    "augmentation negative": (["--augmentation", -0.1], "--augmentation"),
+    "augmentation above one": (["--augmentation", 1.5], "--augmentation"),
+    "ema decay negative": (["--ema-decay", -0.1], "--ema-decay"),
+    "ema decay one": (["--ema-decay", 1], "--ema-decay"),
+}
 BAD_PETS_FLAGS = {
     "image size 48": (["--image-size", 48], "--image-size"),
     "image size zero": (["--image-size", 0], "--image-size"),
@@ -845,6 +908,11 @@ def test_bad_flags_are_refused(name, flags, word, mnist, svhn, pets, tmp_path, c
 def test_bad_number_of_labels_is_refused(num_labeled, word, mnist, tmp_path, capsys):
     assert_refused(capsys, ["--num-labeled", word], tmp_path, "sgan_mnist", *MNIST,
                    "--data-dir", mnist, "--num-labeled", num_labeled)
+
+
+@pytest.mark.parametrize("flags, word", BAD_MNIST_FLAGS.values(), ids=BAD_MNIST_FLAGS)
+def test_bad_flags_for_mnist_are_refused(flags, word, mnist, tmp_path, capsys):
+    assert_refused(capsys, [word], tmp_path, "sgan_mnist", *MNIST, "--data-dir", mnist, *flags)
 
 
 @pytest.mark.parametrize("flags, word", BAD_PETS_FLAGS.values(), ids=BAD_PETS_FLAGS)
@@ -959,7 +1027,7 @@ def test_cuda_without_a_gpu_is_refused(name, tmp_path, capsys):
 def test_refusals_and_failures_of_real_processes(mnist, tmp_path):
     """What the tests above see in this process is what a shell sees."""
     flags = ["--data-dir", mnist, *MNIST, "--lr", 1e30, "--batch-size", 500, "--epochs", 3,
-             "--supervised-only"]
+             "--warmup-steps", 0, "--supervised-only"]
     runs = Runs({"sgan_mnist": ["sgan_mnist", "--data-dir", mnist, "--num-labeled", 15],
                  "sgan_catsdogs": ["sgan_catsdogs", "--labeled-dir", "nowhere"],
                  "lost": ["sgan_mnist", *flags]}, tmp_path).completed
@@ -1142,3 +1210,29 @@ def test_demo_trains_on_its_drawings_and_other_flags_still_count(tmp_path, monke
     args = json.loads((folder / "args.json").read_text())
     assert (args["batch_size"], args["lr"]) == (10, 1e-3)
     assert args["unlabeled_dir"] == "data/demo/train"
+
+
+# ============================================ sweeps ==============================================
+
+
+def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path):
+    sweep = [sys.executable, ROOT / "tests/sweep.py"]
+    done = subprocess.run([*sweep, "--seeds", "3,4", "sgan_mnist.py", "--data-dir", mnist,
+                           *map(str, MNIST), "--dry-run"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/results.json")]
+    assert {(result["seed"], result["split_seed"]) for result in results} == {(3, 3), (4, 4)}
+    a, b = (100 * result["test_accuracy"] for result in results)
+    expected = f"test, %: {(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f} of 2"
+    assert expected in done.stdout.splitlines()
+    subprocess.run([*sweep, "--curves", tmp_path / "curves.png", tmp_path / "runs"], check=True)
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 300
+
+
+def test_sweep_stops_when_a_run_does(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests/sweep.py", "sgan_mnist.py",
+                           "--epochs", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "--epochs" in done.stderr and "--seed 0 stopped" in done.stderr

@@ -1,0 +1,84 @@
+"""Run a script for several seeds, one after another, and print mean ± standard deviation.
+
+    python tests/sweep.py --seeds 0,1,2 sgan_mnist.py --num-labeled 50
+    python tests/sweep.py --curves curve.png runs/mnist100 runs/mnist20
+
+The first form runs the script with `--seed S --split-seed S` for each S, and reads the test
+accuracies of its RESULT lines, of toy_rings.py that of each method. The second draws, for all runs
+in each folder, the error of the averaged weights on validation images against the seconds since the
+start (the rings have no validation).
+"""
+
+import argparse
+import csv
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def summary(values):
+    """Mean ± sample standard deviation, and of how many."""
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{spread} of {len(values)}"
+
+
+def sweep(seeds, script, flags):
+    scores = {}  # what was measured -> a value for each seed: accuracies in percent, seconds
+    for seed in seeds:
+        line = ""
+        command = [sys.executable, ROOT / script, "--seed", seed, "--split-seed", seed]
+        with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+        if process.returncode:
+            raise SystemExit(f"{script} with --seed {seed} stopped with {process.returncode}")
+        if not line.startswith("RESULT "):
+            raise SystemExit(f"{script} with --seed {seed} printed no RESULT")
+        result = json.loads(line.removeprefix("RESULT "))
+        accuracy = result.get("accuracy") or {"test": result["test_accuracy"],
+                                              "best val": result["test_accuracy_best_val"]}
+        for name, value in accuracy.items():
+            scores.setdefault(name + ", %", []).append(100 * value)
+        scores.setdefault("seconds", []).append(result["seconds"])
+    print("\n".join(f"{name}: {summary(values)}" for name, values in scores.items()))
+
+
+def draw_curves(folders, path):
+    figure = Figure(figsize=(7, 3.6), layout="constrained")
+    axes = figure.subplots()
+    for n, folder in enumerate(folders):
+        for k, metrics in enumerate(sorted(Path(folder).glob("*/metrics.csv"))):
+            with open(metrics, newline="") as f:
+                rows = list(csv.DictReader(f))
+            axes.plot([float(row["seconds"]) for row in rows],
+                      [100 * (1 - float(row["val_accuracy_ema"])) for row in rows], marker=".",
+                      color=f"C{n}", alpha=0.6, label=None if k else Path(folder).name)
+    axes.set(xlabel="seconds of training and validation", ylabel="error on validation images, %",
+             yscale="log")
+    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=100)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--curves", help="draw the runs of these folders into this picture instead")
+    args, rest = parser.parse_known_args()
+    if not rest:
+        parser.error("name a script, or folders of runs for --curves")
+    if args.curves:
+        draw_curves(rest, args.curves)
+    else:
+        sweep(args.seeds.split(","), rest[0], rest[1:])
+
+
+if __name__ == "__main__":
+    main()
