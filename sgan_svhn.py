@@ -3,7 +3,11 @@
 A convolutional classifier learns from the labeled digits, and is at the same time the
 discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
 generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
-sections 3.1 and 5).
+sections 3.1 and 5). Two flags choose other forms of both.
+
+It begins with a warm-up on the labeled digits alone. From then on the moving average (EMA) of the
+classifier labels the unlabeled digits that it is sure of, and the classifier learns these labels
+too, on augmented digits. The average is what is scored.
 
     python sgan_svhn.py                         # 1000 labels, 100 of each digit
     python sgan_svhn.py --supervised-only       # the baseline: labeled digits alone
@@ -26,16 +30,16 @@ from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_and_others, evaluate,
-                    fake_loss, labeled_loss, not_negative, pick_device, plot_confusion, plot_curves,
-                    plot_predictions, positive, real_logit, save_samples, seed_everything,
-                    unlabeled_loss)
+                    fake_loss, fool_loss, labeled_loss, not_negative, pick_device, plot_confusion,
+                    plot_curves, plot_predictions, positive, real_logit, save_samples,
+                    seed_everything, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 1000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
-LABELED_BATCH = 50  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.9  # from which probability on the EMA classifier's own labels are trained on
-EMA_DECAY = 0.995
+FAKE_BATCH = 50  # generated images in each step
+LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
+CONFIDENCE = 0.9  # above which probability the EMA classifier's own labels are trained on
 
 
 def parse_args():
@@ -54,19 +58,41 @@ def parse_args():
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier and steps, labeled images alone")
-    train.add_argument("--epochs", type=int, default=12, help="passes over the unlabeled images")
-    train.add_argument("--batch-size", type=int, default=50, help="unlabeled, and fake, images")
-    train.add_argument("--lr", type=float, default=2e-3, help="Adam, classifier and generator")
-    train.add_argument("--gan-weight", type=float, default=1.0,
-                       help="of the unlabeled and fake terms; 0: the generator is of no effect")
+    train.add_argument("--warmup-steps", type=int, default=400,
+                       help="steps on labeled images alone, before the first epoch")
+    train.add_argument("--epochs", type=int, default=16, help="passes over the unlabeled images")
+    train.add_argument("--batch-size", type=int, default=100, help="unlabeled images a step")
+    train.add_argument("--lr", type=float, default=3e-3,
+                       help="Adam, both networks; falls to 0 over the second half of all steps")
+    train.add_argument("--real-logit", choices=["logsumexp", "fake-class", "sigmoid-head"],
+                       default="logsumexp", help="what tells real from fake, see Classifier")
+    train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
+                       default="feature-matching",
+                       help="match mean features, pass for a digit, or match and spread out")
+    train.add_argument("--gan-weight", type=float, default=0.3,
+                       help="half of it weighs the unlabeled and fake terms; 0: no GAN")
+    train.add_argument("--real-label-smoothing", type=float, default=0.0,
+                       help="one-sided: the target of D on unlabeled images is 1 minus this")
     train.add_argument("--consistency-weight", type=float, default=1.0,
                        help="of agreeing with the EMA classifier on unlabeled images; 0: without")
+    train.add_argument("--augmentation", type=float, default=1.0,
+                       help="strength from 0, none, to 1; on labeled, unlabeled and fake images")
+    train.add_argument("--ema-decay", type=float, default=0.99,
+                       help="of the averaged classifier, which is scored; 0: the raw weights")
     args = parser.parse_args()
     positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
-    not_negative(seed=args.seed, split_seed=args.split_seed, gan_weight=args.gan_weight,
-                 consistency_weight=args.consistency_weight)
+    if args.augmentation > 1:
+        die(f"--augmentation must be at most 1, but it is {args.augmentation}")
+    if args.real_label_smoothing > 1:
+        die(f"--real-label-smoothing must be at most 1, but it is {args.real_label_smoothing}")
+    not_negative(seed=args.seed, split_seed=args.split_seed, warmup_steps=args.warmup_steps,
+                 gan_weight=args.gan_weight, consistency_weight=args.consistency_weight,
+                 augmentation=args.augmentation, ema_decay=args.ema_decay,
+                 real_label_smoothing=args.real_label_smoothing)
+    if args.ema_decay >= 1:
+        die(f"--ema-decay must be below 1, or nothing is averaged, but it is {args.ema_decay}")
     return args
 
 
@@ -98,16 +124,38 @@ def load_images(data_dir, filename):
     return x, y
 
 
-def augment(x):
-    """Shift each image by up to 2 pixels, differentiable; (N, 3, 32, 32) -> the same.
+def augment(x, strength):
+    """Take each photo a little differently, differentiable; (N, 3, 32, 32) -> the same.
 
-    Nothing else: flipped or turned, a digit may be another, and the crop cuts through neighbours.
+    Strength 1: shifts up to 2 pixels, turns up to 10 degrees, sides from 15% shorter to 20% longer,
+    shear up to 10 degrees; each colour channel spread by 0.8 to 1.2 about the image's mean, then
+    shifted by up to half its standard deviation, so that values may leave [0, 1]; up to a 3 x 3
+    blur, or as much sharper; a rectangle of up to 8 x 8 pixels in the image's mean colour. Strength
+    0 leaves the images as they are.
     """
-    n = len(x)
-    theta = torch.eye(2, 3, device=x.device).repeat(n, 1, 1)
-    theta[:, :, 2] = torch.randint(-2, 3, (n, 2), device=x.device) / 16  # the side is 2 = 32 pixels
-    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (N, 32, 32, 2)
-    return F.grid_sample(x, grid, mode="nearest", padding_mode="border", align_corners=False)
+    if strength == 0:
+        return x  # sampled between pixels, they would be the same up to rounding only
+    n, device = len(x), x.device
+    shift_x, shift_y, turn, shear, side_x, side_y = (torch.rand(6, n, device=device) * 2 - 1
+                                                     ) * strength
+    turn, side_x, side_y = 0.175 * turn, 1 + 0.17 * side_x, 1 + 0.17 * side_y
+    lean = turn + 0.175 * shear
+    theta = torch.stack([side_x * turn.cos(), -side_y * lean.sin(), shift_x / 8,
+                         side_x * turn.sin(), side_y * lean.cos(), shift_y / 8], dim=1)
+    grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, 32, 32, 2)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+    # by channel, as the classifier undoes what is common to all three; to scale with the contrast,
+    # as it also enlarges what is faint
+    gain, offset = (torch.rand(2, n, 3, 1, 1, device=device) * 2 - 1) * strength
+    std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
+    x = mean + (x - mean) * (1 + 0.2 * gain) + 0.5 * std * offset
+    blurred = F.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
+    x = x.lerp(blurred, strength * (torch.rand(n, 1, 1, 1, device=device) * 2 - 1))
+    row, column, height, width = torch.rand(4, n, 1, 1, 1, device=device)
+    pixel = torch.arange(32, device=device) + 0.5
+    erased = (((pixel.view(32, 1) - 32 * row).abs() < 4 * strength * height)
+              & ((pixel - 32 * column).abs() < 4 * strength * width))  # (N, 1, 32, 32)
+    return torch.where(erased, x.mean(dim=(2, 3), keepdim=True), x)
 
 
 # ============================================ networks ============================================
@@ -136,9 +184,14 @@ class Generator(nn.Module):
 
 
 class Classifier(nn.Module):
-    """Images (N, 3, 32, 32) in [0, 1] -> logits (N, K), features (N, 128)."""
+    """Images (N, 3, 32, 32) in [0, 1] -> logits (N, K), features (N, 128), real logit r (N,).
 
-    def __init__(self):
+    D(x) = sigmoid(r). "logsumexp": r = log Z, as if "fake" were one more logit, fixed at 0
+    (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016, arXiv:1606.01583; the
+    labeled loss stays one of K classes); "sigmoid-head": r is a linear unit beside the K logits.
+    """
+
+    def __init__(self, real_logit_form):
         super().__init__()
 
         def conv(n_in, n_out, stride):
@@ -156,12 +209,23 @@ class Classifier(nn.Module):
         )
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(128, NUM_CLASSES)
+        self.real_logit_form = real_logit_form
+        if real_logit_form != "logsumexp":
+            self.extra = nn.Linear(128, 1)
 
     def forward(self, x):
         std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)  # light differs by the photo
         x = ((x - mean) / (std + 0.02)).contiguous(memory_format=torch.channels_last)
         features = self.layers(x)
-        return self.head(self.dropout(features)), features
+        h = self.dropout(features)
+        logits = self.head(h)
+        if self.real_logit_form == "logsumexp":
+            r = real_logit(logits)  # log sum_k exp l_k(x)
+        elif self.real_logit_form == "fake-class":
+            r = real_logit(logits) - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
+        else:
+            r = self.extra(h)[:, 0].float()
+        return logits, features, r
 
 
 def update_batch_norm_statistics(classifier, on):
@@ -180,11 +244,12 @@ def main():
     seed_everything(args.seed)
     x_train, y_train = load_images(args.data_dir, "train_32x32.mat")  # (N, 3, 32, 32) uint8, (N,)
     x_test, y_test = load_images(args.data_dir, "test_32x32.mat")
+    # half of what is left where nearly all are labeled, none where all are
     num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
-    labeled, val, unlabeled = balanced_split(y_train, args.num_labeled, num_val, NUM_CLASSES,
-                                             args.split_seed)
+    labeled, validation, unlabeled = balanced_split(y_train, args.num_labeled, num_val,
+                                                    NUM_CLASSES, args.split_seed)
     x_labeled, y_labeled = x_train[labeled].to(device), y_train[labeled].to(device)
-    x_val, y_val = x_train[val].to(device), y_train[val].to(device)
+    x_val, y_val = x_train[validation].to(device), y_train[validation].to(device)
     x_unlabeled = x_train[torch.cat([labeled, unlabeled])].to(device)  # no labels from here on
     x_test, y_test = x_test.to(device), y_test.to(device)
     if len(x_unlabeled) < args.batch_size:
@@ -198,7 +263,7 @@ def main():
         batches = zip((x_batch / 255 for x_batch in x.split(1000)), y.split(1000))
         return islice(batches, 2) if args.dry_run else batches
 
-    classifier = Classifier().to(device).to(memory_format=torch.channels_last)
+    classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator().to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -211,20 +276,26 @@ def main():
     steps_per_epoch = len(x_unlabeled) // args.batch_size
     if args.dry_run:
         args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
+        args.warmup_steps = min(2, args.warmup_steps)
+    total_steps = args.warmup_steps + args.epochs * steps_per_epoch
     step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
 
-    for epoch in range(1, args.epochs + 1):
+    for epoch in range(0 if args.warmup_steps else 1, args.epochs + 1):  # epoch 0: the warm-up
         order = torch.randperm(len(x_unlabeled), device=device)
+        steps = steps_per_epoch if epoch else args.warmup_steps
+        labeled_only = args.supervised_only or epoch == 0
         epoch_started = time.perf_counter()
-        for i in tqdm(range(steps_per_epoch), f"epoch {epoch}/{args.epochs}", disable=None,
-                      leave=False):
+        for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", disable=None, leave=False):
+            for opt in (opt_d, opt_g):  # constant for half of the steps, then linearly to 0
+                opt.param_groups[0]["lr"] = args.lr * min(1, 2 * (1 - step / total_steps))
             step += 1
             chosen = torch.randperm(args.num_labeled, device=device)[:LABELED_BATCH]
-            x_lab, y_lab = augment(x_labeled[chosen] / 255), y_labeled[chosen]  # (n, 3, 32, 32)
+            x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 3, 32, 32)
+            y_lab = y_labeled[chosen]
 
-            if args.supervised_only:
+            if labeled_only:
                 with autocast:
-                    logits_lab, _ = classifier(x_lab)  # (n, K)
+                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
                 loss_lab = labeled_loss(logits_lab, y_lab)
                 opt_d.zero_grad()
                 loss_lab.backward()
@@ -233,49 +304,61 @@ def main():
 
             else:
                 x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
-                z = torch.randn(args.batch_size, LATENT_DIM, device=device)
+                z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                x_fake = augment(x_fake.float())  # (N, 3, 32, 32), used in both updates
+                # (M, 3, 32, 32), used in both updates
+                x_fake = augment(x_fake.float(), args.augmentation)
 
                 # ---- the EMA classifier, as teacher, labels the unlabeled digits ----
                 with torch.no_grad(), autocast:
-                    logits_teacher, _ = classifier_ema(augment(x_unl))  # (N, K)
+                    logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
                 p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
                 sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
+                x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
+
                 # ---- classifier: labels right, digits real, fakes fake ----
-                # Three forward passes, as batch norm would mix the three kinds of images; only
-                # unlabeled digits move the running statistics, as only digits are evaluated.
+                # Three forward passes, as batch norm would mix the three kinds of images. In
+                # these steps only unlabeled digits move the running statistics: fakes are not
+                # evaluated, and the labeled ones are few.
                 classifier.requires_grad_(True)
                 with autocast:
                     update_batch_norm_statistics(classifier, False)
-                    logits_lab, _ = classifier(x_lab)  # (n, K)
-                    logits_fake, _ = classifier(x_fake.detach())  # (N, K)
+                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                    _, _, r_fake = classifier(x_fake.detach())  # (M,)
                     update_batch_norm_statistics(classifier, True)
-                    logits_unl, feat_unl = classifier(augment(x_unl))  # (N, K), (N, 128)
+                    logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
                     update_batch_norm_statistics(classifier, False)
-                r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+                # -E log D(x), smoothed by s (Salimans, 3.4) -E [(1 - s) log D(x) + s log(1 - D(x))]
+                loss_unl = unlabeled_loss(r_unl).lerp(fake_loss(r_unl), args.real_label_smoothing)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
+                # -E [teacher is sure] log p(teacher's label | augmented x), as in FixMatch
+                # (Sohn et al. 2020, arXiv:2001.07685, section 2), where there is no EMA in training
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * sure).mean()
-                # 0.5: as in the code of Salimans et al.
+                # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
 
-                # ---- generator: the mean features of digits ----
+                # ---- generator, through the new classifier; feat_unl is of the old one ----
                 classifier.requires_grad_(False)
                 with autocast:
-                    _, feat_fake = classifier(x_fake)  # (N, 128)
-                gap = feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)  # (128,)
-                # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
-                loss_g = gap.square().mean()
+                    _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)
+                feat_fake = feat_fake.float()
+                if args.generator_loss == "fool":
+                    loss_g = fool_loss(r_gen)  # -E log D(G(z))
+                else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+                    loss_g = (feat_unl.detach().float().mean(0) - feat_fake.mean(0)).square().mean()
+                if args.generator_loss == "complement":  # Dai et al. 2017, without their density
+                    unit = F.normalize(feat_fake, dim=1)
+                    cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, M)
+                    # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
+                    loss_g = loss_g + cosines.square().sum() / (FAKE_BATCH**2 - FAKE_BATCH)
                 opt_g.zero_grad()
                 loss_g.backward()
                 opt_g.step()
@@ -287,19 +370,19 @@ def main():
                                   "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
             # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
+            decay = min(args.ema_decay, (1 + step) / (10 + step))
             for ema, now in zip(classifier_ema.state_dict().values(),
                                 classifier.state_dict().values()):
                 ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
 
         # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
         means = losses.means()  # waits for the device
-        images_seen = steps_per_epoch * (len(x_lab) if args.supervised_only else args.batch_size)
+        images_seen = steps * (len(x_lab) if labeled_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
             val = evaluate(classifier, held_out(x_val, y_val), NUM_CLASSES)
             val_ema = evaluate(classifier_ema, held_out(x_val, y_val), NUM_CLASSES)
-            if not args.supervised_only:
+            if not labeled_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
         for weights, scored in (("raw", val), ("ema", val_ema)):
             if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by

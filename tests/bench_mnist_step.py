@@ -28,18 +28,18 @@ from common import bf16_autocast, pick_device  # noqa: E402
 BATCH, STEPS, ROUNDS, NUM_LABELED = 200, 30, 5, 100
 
 
-def ours(folder):
-    """Unlabeled images a second in an epoch of STEPS steps of the script itself."""
-    sys.argv = ["sgan_mnist.py", "--epochs", "1", "--warmup-steps", "0", "--batch-size", str(BATCH),
-                "--out-dir", folder, "--num-labeled", str(NUM_LABELED)]
-    sgan_mnist.main()
+def ours(script, batch, num_labeled, folder):
+    """Unlabeled images a second in an epoch of the script itself."""
+    sys.argv = [f"{script.__name__}.py", "--epochs", "1", "--warmup-steps", "0", "--out-dir",
+                folder, "--batch-size", str(batch), "--num-labeled", str(num_labeled)]
+    script.main()
     [path] = Path(folder).glob("*/metrics.csv")
     with open(path, newline="") as f:
         return float(list(csv.DictReader(f))[-1]["images_per_s"])
 
 
 def articles(device):
-    """The same of the plain step, on random images."""
+    """The same of STEPS plain steps, on random images."""
     classifier = sgan_mnist.Classifier("logsumexp").to(device)
     generator = sgan_mnist.Generator().to(device)
     opt_d = torch.optim.Adam(classifier.parameters(), 3e-3)
@@ -70,19 +70,18 @@ def articles(device):
     return BATCH * STEPS / (time.perf_counter() - started)
 
 
-def ceiling(device):
+def ceiling(script, image_shape, batch, num_labeled, device):
     """Unlabeled images a second if only products took time, GFLOP of a step, and GFLOP/s."""
     flops = {}
-    for network, x in ((sgan_mnist.Classifier("logsumexp"), torch.rand(1, 1, 28, 28)),
-                       (sgan_mnist.Generator(), torch.rand(1, sgan_mnist.LATENT_DIM))):
+    for network, x in ((script.Classifier("logsumexp"), torch.rand(1, *image_shape)),
+                       (script.Generator(), torch.rand(1, script.LATENT_DIM))):
         with FlopCounterMode(display=False) as counter:
             network.eval()(x)
         flops[type(network).__name__] = counter.get_total_flops()  # forward, an image
-    lab = min(NUM_LABELED, sgan_mnist.LABELED_BATCH)
-    fakes = sgan_mnist.FAKE_BATCH
+    lab, fakes = min(num_labeled, script.LABELED_BATCH), script.FAKE_BATCH
     # forward and both gradients are 3 forward passes; the generator's update needs none of the
     # classifier's weight gradients, 2; the teacher's pass is 1
-    step = (flops["Classifier"] * (3 * (lab + fakes + BATCH) + BATCH + 2 * fakes)
+    step = (flops["Classifier"] * (3 * (lab + fakes + batch) + batch + 2 * fakes)
             + flops["Generator"] * 3 * fakes)
     with bf16_autocast(device):  # the type that the products of the script are in
         product = torch.rand(1, 1, device=device) @ torch.rand(1, 1, device=device)
@@ -95,24 +94,29 @@ def ceiling(device):
         product[0, 0].item()  # waits for the device
         times.append((time.perf_counter() - started) / 10)
     rate = 2 * 2048**3 / min(times)
-    return BATCH * rate / step, step / 1e9, rate / 1e9
+    return batch * rate / step, step / 1e9, rate / 1e9
 
 
-def main():
+def compare(script, articles, image_shape, batch, num_labeled, steps):
+    """Run both in turn; print the two speeds, their ratio and the ceiling of ours.
+
+    articles(device) gives the speed of steps steps of the plain way, in unlabeled images a second.
+    """
     device = pick_device("auto")
     torch.manual_seed(0)
-    x, y = torch.randint(256, (BATCH * STEPS, 1, 28, 28)).byte(), torch.arange(BATCH * STEPS) % 10
-    sgan_mnist.NUM_VAL = 0
-    sgan_mnist.load_images = lambda data_dir, train: (x, y) if train else (x[:100], y[:100])
+    y = torch.arange(batch * steps) % 10
+    x = torch.randint(256, (len(y), *image_shape)).byte()
+    script.NUM_VAL = 0
+    script.load_images = lambda *which, **part: (x, y)
     speeds = {"ours": [], "articles": []}
     for _ in range(ROUNDS + 1):
         with tempfile.TemporaryDirectory() as folder:
-            speeds["ours"].append(ours(folder))
+            speeds["ours"].append(ours(script, batch, num_labeled, folder))
         speeds["articles"].append(articles(device))
     mine, theirs = (statistics.median(values[1:]) for values in speeds.values())  # 1 to warm up
     ratios = [a / b for a, b in list(zip(*speeds.values()))[1:]]
-    best, gflop, rate = ceiling(device)
-    print(f"\nunlabeled images a second, median of {ROUNDS} rounds of {STEPS} steps of {BATCH}, "
+    best, gflop, rate = ceiling(script, image_shape, batch, num_labeled, device)
+    print(f"\nunlabeled images a second, median of {ROUNDS} rounds of {steps} steps of {batch}, "
           f"{torch.get_num_threads()} threads, {device}:")
     print(f"ours {mine:.0f}, the article's way {theirs:.0f}: {statistics.median(ratios):.2f}x "
           f"({min(ratios):.2f} to {max(ratios):.2f})")
@@ -121,4 +125,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    compare(sgan_mnist, articles, (1, 28, 28), BATCH, NUM_LABELED, STEPS)

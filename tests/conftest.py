@@ -45,12 +45,17 @@ def write_mnist(data_dir, x_train, y_train, x_test, y_test):
         write_idx(data_dir / f"MNIST/raw/{part}-labels-idx1-ubyte", y)
 
 
+def mat_labels(labels):
+    """Labels 0 to 9 as the .mat files hold them: (N, 1) uint8, 10 for 0."""
+    return np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
+
+
 def write_svhn(data_dir, x_train, y_train, x_test, y_test):
     """data_dir/SVHN/*.mat: images (N, 32, 32, 3) stored last axis first, labels with 10 for 0."""
     (data_dir / "SVHN").mkdir(parents=True)
     for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        y = np.where(y == 0, 10, y).astype(np.uint8)[:, None]
-        savemat(data_dir / f"SVHN/{part}_32x32.mat", {"X": x.transpose(1, 2, 3, 0), "y": y})
+        savemat(data_dir / f"SVHN/{part}_32x32.mat",
+                {"X": x.transpose(1, 2, 3, 0), "y": mat_labels(y)})
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,11 +29,12 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook,
 
 from common import balanced_split, bf16_autocast, dali_loader
 from tests.cartoons import draw_dataset
-from tests.conftest import write_idx, write_mnist, write_svhn
+from tests.conftest import mat_labels, write_idx, write_mnist, write_svhn
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-SCRIPTS = ["sgan_mnist", "sgan_svhn", "sgan_catsdogs"]
+DIGITS = ["sgan_mnist", "sgan_svhn"]
+SCRIPTS = [*DIGITS, "sgan_catsdogs"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
@@ -82,27 +84,44 @@ def pet_folders(root):
 
 PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
 MNIST = ["--device", "cpu", "--batch-size", 50, "--warmup-steps", 20]
-SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40]
+SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-steps", 20]
 
 
 # ========================================= whole runs =============================================
 
 
-@pytest.fixture(scope="session")
-def mnist_relabeled(mnist, tmp_path_factory):
-    """The same digits with every label changed that neither training nor validation may see."""
-    data_dir = tmp_path_factory.mktemp("relabeled")
-    shutil.copytree(mnist, data_dir, dirs_exist_ok=True)
-    path = data_dir / "MNIST/raw/train-labels-idx1-ubyte"
-    labels = torch.from_numpy(np.frombuffer(path.read_bytes()[8:], np.uint8).astype(np.int64))
-    labeled, val, unlabeled = balanced_split(labels, 100, 400, 10, seed=0)
+def with_other_hidden_labels(labels, num_val):
+    """Labels (N,) of which each is changed that neither training nor validation may see."""
+    labels = torch.from_numpy(labels.astype(np.int64))
+    labeled, val, unlabeled = balanced_split(labels, 100, num_val, 10, seed=0)
     changed = labels.clone()
     changed[unlabeled] = (labels[unlabeled] + torch.randint(1, 10, unlabeled.shape)) % 10
     # the draw is by class, but these images come after the drawn ones: it is the same
-    for part, same in zip(balanced_split(changed, 100, 400, 10, seed=0), (labeled, val, unlabeled)):
+    for part, same in zip(balanced_split(changed, 100, num_val, 10, seed=0),
+                          (labeled, val, unlabeled)):
         assert part.tolist() == same.tolist()
-    assert (changed != labels).sum() == len(unlabeled) == 400
-    write_idx(path, changed.numpy())
+    assert (changed != labels).sum() == len(unlabeled) == len(labels) - 100 - num_val > 0
+    return changed.numpy()
+
+
+@pytest.fixture(scope="session")
+def mnist_relabeled(mnist, tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("relabeled")
+    shutil.copytree(mnist, data_dir, dirs_exist_ok=True)
+    path = data_dir / "MNIST/raw/train-labels-idx1-ubyte"
+    labels = np.frombuffer(path.read_bytes()[8:], np.uint8)
+    write_idx(path, with_other_hidden_labels(labels, num_val=400))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def svhn_relabeled(svhn, tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("relabeled")
+    shutil.copytree(svhn, data_dir, dirs_exist_ok=True)
+    path = data_dir / "SVHN/train_32x32.mat"
+    data = loadmat(path)
+    labels = with_other_hidden_labels(data["y"].flatten() % 10, num_val=300)
+    savemat(path, {"X": data["X"], "y": mat_labels(labels)})
     return data_dir
 
 
@@ -117,9 +136,11 @@ def mnist_runs(mnist, mnist_relabeled, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def svhn_runs(svhn, tmp_path_factory):
-    sgan = ["sgan_svhn", *SVHN, "--epochs", 1, "--data-dir", svhn]
-    jobs = {"sgan": sgan, "supervised": [*sgan, "--supervised-only", "--seed", 5]}
+def svhn_runs(svhn, svhn_relabeled, tmp_path_factory):
+    sgan = ["sgan_svhn", *SVHN, "--epochs", 1]
+    jobs = {"sgan": [*sgan, "--data-dir", svhn],
+            "relabeled": [*sgan, "--data-dir", svhn_relabeled],
+            "supervised": [*sgan, "--data-dir", svhn, "--supervised-only", "--seed", 5]}
     return Runs(jobs, tmp_path_factory.mktemp("svhn_runs"))
 
 
@@ -166,7 +187,7 @@ def run(request):
     run.script = {"mnist": "sgan_mnist", "svhn": "sgan_svhn", "pets": "sgan_catsdogs"}[data]
     run.method = "supervised" if key == "supervised" else "sgan"
     run.num_classes = {"pets": 3 if key == "flat" else 2}.get(data, 10)
-    run.epochs, run.warmup_steps = (2, 20) if data == "mnist" else (1, 0)
+    run.epochs, run.warmup_steps = {"mnist": (2, 20), "svhn": (1, 20), "pets": (1, 0)}[data]
     if key == "flat":
         run.data_dir = request.getfixturevalue("flat_pets")
     return run
@@ -254,7 +275,8 @@ def held_out(run, part):
 
 def new_classifier(name, num_classes=2):
     """The untrained classifier of a script; num_classes is of pets, which are 32 pixels wide."""
-    arguments = {"sgan_catsdogs": (num_classes, 32), "sgan_mnist": ("logsumexp",), "sgan_svhn": ()}
+    arguments = {"sgan_catsdogs": (num_classes, 32), "sgan_mnist": ("logsumexp",),
+                 "sgan_svhn": ("logsumexp",)}
     return importlib.import_module(name).Classifier(*arguments[name])
 
 
@@ -344,11 +366,32 @@ def test_seed_fixes_a_run_bit_for_bit(data, request):
     assert not same_bits(other.final["classifier"], first.final["classifier"])
 
 
-@pytest.mark.parametrize("data", ["mnist", "pets"])
+@pytest.mark.parametrize("data", ["mnist", "svhn", "pets"])
 def test_labels_of_unlabeled_images_do_not_matter(data, request):
     runs = request.getfixturevalue(f"{data}_runs")
     assert untimed(runs["relabeled"]) == untimed(runs["sgan"])
     assert same_bits(runs["relabeled"].final, runs["sgan"].final)
+
+
+# ======================================= the official size ========================================
+
+
+def test_mat_file_of_the_official_size_is_read_in_seconds(tmp_path):
+    n = 73_257
+    x = np.frombuffer(np.random.default_rng(0).bytes(32 * 32 * 3 * n), np.uint8)
+    x, y = x.reshape((32, 32, 3, n), order="F"), np.arange(n) % 10  # as savemat stores it
+    path = tmp_path / "SVHN/train_32x32.mat"
+    path.parent.mkdir()
+    savemat(path, {"X": x, "y": mat_labels(y)})
+    started = time.process_time()  # other processes do not count
+    images, labels = importlib.import_module("sgan_svhn").load_images(tmp_path, path.name)
+    seconds = time.process_time() - started
+    path.unlink()  # pytest keeps its folders, and this one holds 225 MB
+    assert images.shape == (n, 3, 32, 32) and images.is_contiguous()
+    assert labels.tolist() == y.tolist()
+    for i in (0, 1, n // 2, n - 1):
+        assert np.array_equal(images[i], x[..., i].transpose(2, 0, 1))
+    assert seconds < 5
 
 
 # ====================================== inside the training step ==================================
@@ -381,8 +424,8 @@ def tones(tmp_path_factory):
     flags += ["--gan-weight", 0.7, "--consistency-weight", 0.4]
     data = ["--data-dir", root, "--num-labeled", 10]
     # as it is, the tone of an image tells its kind: no warm-up, and no black from beyond the border
-    mnist = ["--warmup-steps", 0, "--augmentation", 0.1]
-    return {"sgan_mnist": [*flags, *data, *mnist], "sgan_svhn": [*flags, *data],
+    digits = ["--warmup-steps", 0, "--augmentation", 0.1]
+    return {"sgan_mnist": [*flags, *data, *digits], "sgan_svhn": [*flags, *data, *digits],
             "sgan_catsdogs": [*flags, *pet_folders(root), "--image-size", 32]}
 
 
@@ -650,19 +693,18 @@ def test_networks_have_the_promised_shapes(name):
     assert features.shape == (16, 512 if name == "sgan_catsdogs" else 128)
 
 
-def test_real_logit_of_each_form():
+@pytest.mark.parametrize("name", DIGITS)
+def test_real_logit_of_each_form(name):
     """Against the softmax of K + 1 classes, of K and a zero, and against the plain linear unit."""
-    import sgan_mnist
-    torch.manual_seed(0)
-    x = torch.rand(8, 1, 28, 28)
+    script, _, (x, _) = build_classifier(name)
     for form in ("logsumexp", "fake-class", "sigmoid-head"):
-        classifier = sgan_mnist.Classifier(form).eval()
+        classifier = script.Classifier(form).eval()
         with torch.no_grad():
             logits, features, r = classifier(x)
         with torch.autocast("cpu", torch.bfloat16):
             assert classifier(x)[2].dtype == torch.float32
-        assert r.shape == (8,)
-        extra = torch.zeros(8, 1)
+        assert r.shape == (16,)
+        extra = torch.zeros(16, 1)
         if form != "logsumexp":
             extra = features @ classifier.extra.weight.T + classifier.extra.bias
         if form == "sigmoid-head":
@@ -672,12 +714,22 @@ def test_real_logit_of_each_form():
         torch.testing.assert_close(r.double().sigmoid(), real, rtol=1e-5, atol=1e-6)
 
 
+def assert_targets_of_d(seen, step, targets):
+    """The gradient by r(x) is that of the cross-entropy of D(x) with the target of its kind."""
+    for one in step[:3]:
+        if kind(one) != "labeled":
+            grad = len(one.real_logit) * one.real_grad.double()
+            d = one.real_logit.double().sigmoid() - targets[kind(one)]
+            torch.testing.assert_close(grad, seen.gan_weight * 0.5 * d, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DIGITS)
 @pytest.mark.parametrize("flags", [["--generator-loss", "fool"],
                                    ["--generator-loss", "complement"],
                                    ["--generator-loss", "fool", "--real-logit", "fake-class"],
                                    ["--generator-loss", "fool", "--real-logit", "sigmoid-head"]])
-def test_mnist_generator_minimises_what_its_flag_says(flags, tones, tmp_path):
-    seen = watch("sgan_mnist", [*tones["sgan_mnist"], *flags], tmp_path / "runs")
+def test_generator_minimises_what_its_flag_says(name, flags, tones, tmp_path):
+    seen = watch(name, [*tones[name], *flags], tmp_path / "runs")
     expected = 0
     for step in (seen.passes[:4], seen.passes[4:]):
         unlabeled = next(one for one in step[:3] if kind(one) == "unlabeled")
@@ -690,18 +742,27 @@ def test_mnist_generator_minimises_what_its_flag_says(flags, tones, tmp_path):
         else:  # -log D(G(z))
             loss = -step[3].real_logit.double().sigmoid().log().mean()
         expected += loss.item() / 2
-        for one in step[:3]:  # 0.5 (softplus(-r))' on unlabeled images, 0.5 (softplus(r))' on fakes
-            if kind(one) != "labeled":
-                grad = len(one.real_logit) * one.real_grad.double()
-                d = one.real_logit.double().sigmoid() - int(kind(one) == "unlabeled")
-                torch.testing.assert_close(grad, seen.gan_weight * 0.5 * d, rtol=1e-3, atol=1e-6)
+        assert_targets_of_d(seen, step, {"unlabeled": 1, "fake": 0})
     assert float(seen.row["loss/g"]) == pytest.approx(expected, rel=1e-3)
     if "--real-logit" in flags:
         for update in seen.updates:
             assert ("extra.weight" in update.moved["Classifier"]) == (update.of == "Classifier")
 
 
-def test_mnist_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(tones, tmp_path):
+def test_smoothing_moves_the_target_of_unlabeled_images_alone(tones, tmp_path):
+    seen = watch("sgan_svhn", [*tones["sgan_svhn"], "--real-label-smoothing", 0.1],
+                 tmp_path / "runs")
+    expected = 0
+    for step in (seen.passes[:4], seen.passes[4:]):
+        assert_targets_of_d(seen, step, {"unlabeled": 0.9, "fake": 0})
+        unlabeled = next(one for one in step[:3] if kind(one) == "unlabeled")
+        d = unlabeled.real_logit.double().sigmoid()
+        expected += -(0.9 * d.log() + 0.1 * (1 - d).log()).mean().item() / 2
+    assert float(seen.row["loss/unl"]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", DIGITS)
+def test_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(name, tones, tmp_path):
     rates = []
 
     def rate(optimizer, args, kwargs):
@@ -709,8 +770,7 @@ def test_mnist_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(ton
 
     handle = register_optimizer_step_pre_hook(rate)
     try:
-        seen = watch("sgan_mnist", [*tones["sgan_mnist"], "--warmup-steps", 5, "--lr", 0.002],
-                     tmp_path / "runs")
+        seen = watch(name, [*tones[name], "--warmup-steps", 5, "--lr", 0.002], tmp_path / "runs")
     finally:
         handle.remove()
     assert seen.results["steps"] == 4  # a dry run takes two of each
@@ -722,8 +782,9 @@ def test_mnist_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(ton
     assert rates == pytest.approx([0.002] * 2 + [0.002] * 2 + [0.001] * 2)
 
 
-def test_mnist_without_ema_scores_the_raw_weights(tones, tmp_path):
-    seen = watch("sgan_mnist", [*tones["sgan_mnist"], "--ema-decay", 0], tmp_path / "runs")
+@pytest.mark.parametrize("name", DIGITS)
+def test_without_ema_the_raw_weights_are_scored(name, tones, tmp_path):
+    seen = watch(name, [*tones[name], "--ema-decay", 0], tmp_path / "runs")
     assert same_bits(seen.final["classifier"],
                      copied(seen.networks["Classifier"].state_dict().items()))
 
@@ -741,16 +802,18 @@ def test_pets_generator_grows_with_the_image_size(image_size):
 def test_augmentation_differs_by_image_and_lets_the_gradient_through(name):
     script, _, (x, _) = build_classifier(name)
     x = x[:1].repeat(16, 1, 1, 1).requires_grad_()
-    out = script.augment(x, *([1.0] if name == "sgan_mnist" else []))
+    out = script.augment(x, *([1.0] if name in DIGITS else []))
     assert out.shape == x.shape
     assert len({tuple(image.flatten().tolist()) for image in out}) > 8
     out.sum().backward()
     assert (x.grad.flatten(1).abs().sum(dim=1) > 0).all()
 
 
-def test_mnist_augmentation_of_strength_0_changes_nothing_and_grows_with_strength():
-    script, _, (x, _) = build_classifier("sgan_mnist")
-    torch.testing.assert_close(script.augment(x, 0.0), x, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("name", DIGITS)
+def test_augmentation_of_strength_0_changes_nothing_and_grows_with_strength(name):
+    script, _, (x, _) = build_classifier(name)
+    rounding = 1e-4 if name == "sgan_mnist" else 0
+    torch.testing.assert_close(script.augment(x, 0.0), x, rtol=0, atol=rounding)
     far = [(script.augment(x, strength) - x).abs().mean().item() for strength in (0.02, 0.2, 1.0)]
     assert 0 < far[0] < far[1] < far[2]
 
@@ -771,25 +834,59 @@ def test_mnist_augmentation_moves_a_dot_by_a_few_pixels_and_seldom_loses_it():
         assert center.mean().abs() < 0.5
 
 
-def test_svhn_augmentation_moves_by_whole_pixels_and_repeats_the_border():
-    script, _, (x, _) = build_classifier("sgan_svhn")
-    padded = torch.nn.functional.pad(x, (2, 2, 2, 2), mode="replicate")
-    shifted = {(dy, dx): padded[:, :, dy:dy + 32, dx:dx + 32] for dy in range(5) for dx in range(5)}
-    found = set()
-    for n, image in enumerate(script.augment(x)):
-        [shift] = [key for key, images in shifted.items() if torch.equal(image, images[n])]
-        found.add(shift)
-    assert len(found) > 5
+def test_svhn_augmentation_moves_a_dot_by_a_few_pixels():
+    script, _, _ = build_classifier("sgan_svhn")
+    x = torch.zeros(200, 3, 32, 32)
+    x[:, :, 15:17, 15:17] = 1.0
+    gray = script.augment(x, 1.0).mean(dim=1)
+    dot = (gray - gray.flatten(1).median(dim=1).values[:, None, None]).clamp(min=0.15) - 0.15
+    mass = dot.sum(dim=(1, 2))
+    assert (mass > 0.1).float().mean() > 0.8  # the others are erased, or blurred too far
+    seen = dot[mass > 0.1]
+    along = torch.arange(32.0) - 15.5
+    for axis in (1, 2):
+        center = (seen.sum(dim=3 - axis) * along).sum(dim=1) / seen.sum(dim=(1, 2))
+        assert 1 < center.std() < 1.5 and center.abs().max() < 4  # uniform up to 2: 1.15
+        assert center.mean().abs() < 0.3
+
+
+def test_svhn_augmentation_of_one_colour_is_one_colour():
+    script, _, _ = build_classifier("sgan_svhn")
+    colors = torch.rand(100, 3, 1, 1)
+    out = script.augment(colors.expand(100, 3, 32, 32), 1.0)
+    assert out.std(dim=(2, 3)).max() < 1e-5  # nothing comes in from beyond the border
+    std, mean = torch.std_mean(colors.expand(100, 3, 32, 32), dim=(1, 2, 3), keepdim=True)
+    limit = 0.2 * (colors - mean).abs() + 0.5 * std
+    moved = (out.mean(dim=(2, 3), keepdim=True) - colors).abs() / limit
+    assert 0.8 < moved.max() < 1.001
+    assert (moved.amax(dim=1) - moved.amin(dim=1)).median() > 0.2  # by channel
+
+
+def test_svhn_augmentation_erases_a_small_rectangle():
+    script, _, _ = build_classifier("sgan_svhn")
+    sides = []
+    for image in script.augment(torch.rand(300, 3, 32, 32), 1.0):
+        _, which, counts = image.flatten(1).unique(dim=1, return_inverse=True,
+                                                   return_counts=True)
+        rows, columns = (which == counts.argmax()).view(32, 32).nonzero().T
+        edge = torch.cat([rows, columns])
+        if counts.max() > 1 and edge.min() > 0 and edge.max() < 31:  # the border repeats as well
+            height, width = (int(at.max() - at.min()) + 1 for at in (rows, columns))
+            assert height * width == counts.max()
+            sides.append((height, width))
+    assert len(sides) > 100
+    for lengths in zip(*sides):
+        assert max(lengths) == 8 and min(lengths) == 1
 
 
 # ============================================ flags ===============================================
 
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
                 "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight"]
-DIGIT_FLAGS = ["--data-dir", "--num-labeled"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-logit", "--generator-loss",
-                        "--warmup-steps", "--augmentation", "--ema-decay"],
-         "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS],
+DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--real-logit", "--generator-loss",
+               "--warmup-steps", "--augmentation", "--ema-decay"]
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS],
+         "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-label-smoothing"],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
                            "--test-dir", "--image-size", "--lr-generator", "--prepare",
                            "--download", "--demo"],
@@ -876,7 +973,7 @@ BAD_FLAGS = {
 }
 BAD_NUM_LABELED = {"num labeled 15": (15, "15"), "num labeled zero": (0, "0"),
                    "num labeled negative": (-10, "-10"), "num labeled too many": (100_000, "900")}
-BAD_MNIST_FLAGS = {
+BAD_DIGIT_FLAGS = {
     "warm-up negative": (["--warmup-steps", -1], "--warmup-steps"),
     "augmentation negative": (["--augmentation", -0.1], "--augmentation"),
     "augmentation above one": (["--augmentation", 1.5], "--augmentation"),
@@ -896,12 +993,16 @@ BAD_PETS_FLAGS = {
 }
 
 
+@pytest.fixture
+def good_flags(mnist, svhn, pets):
+    return {"sgan_mnist": [*MNIST, "--data-dir", mnist], "sgan_svhn": [*SVHN, "--data-dir", svhn],
+            "sgan_catsdogs": [*PETS, *pet_folders(pets)]}
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 @pytest.mark.parametrize("flags, word", BAD_FLAGS.values(), ids=BAD_FLAGS)
-def test_bad_flags_are_refused(name, flags, word, mnist, svhn, pets, tmp_path, capsys):
-    data = {"sgan_mnist": [*MNIST, "--data-dir", mnist], "sgan_svhn": [*SVHN, "--data-dir", svhn],
-            "sgan_catsdogs": [*PETS, *pet_folders(pets)]}
-    assert_refused(capsys, [word], tmp_path, name, *data[name], *flags)
+def test_bad_flags_are_refused(name, flags, word, good_flags, tmp_path, capsys):
+    assert_refused(capsys, [word], tmp_path, name, *good_flags[name], *flags)
 
 
 @pytest.mark.parametrize("num_labeled, word", BAD_NUM_LABELED.values(), ids=BAD_NUM_LABELED)
@@ -910,9 +1011,16 @@ def test_bad_number_of_labels_is_refused(num_labeled, word, mnist, tmp_path, cap
                    "--data-dir", mnist, "--num-labeled", num_labeled)
 
 
-@pytest.mark.parametrize("flags, word", BAD_MNIST_FLAGS.values(), ids=BAD_MNIST_FLAGS)
-def test_bad_flags_for_mnist_are_refused(flags, word, mnist, tmp_path, capsys):
-    assert_refused(capsys, [word], tmp_path, "sgan_mnist", *MNIST, "--data-dir", mnist, *flags)
+@pytest.mark.parametrize("flags, word", BAD_DIGIT_FLAGS.values(), ids=BAD_DIGIT_FLAGS)
+@pytest.mark.parametrize("name", DIGITS)
+def test_bad_flags_for_digits_are_refused(name, flags, word, good_flags, tmp_path, capsys):
+    assert_refused(capsys, [word], tmp_path, name, *good_flags[name], *flags)
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.1, "nan"])
+def test_bad_smoothing_is_refused(value, good_flags, tmp_path, capsys):
+    assert_refused(capsys, ["--real-label-smoothing"], tmp_path, "sgan_svhn",
+                   *good_flags["sgan_svhn"], "--real-label-smoothing", value)
 
 
 @pytest.mark.parametrize("flags, word", BAD_PETS_FLAGS.values(), ids=BAD_PETS_FLAGS)
