@@ -1,29 +1,43 @@
 """What the four scripts share: the log-sum-exp loss, the DALI image loader, and evaluation.
 
-Evaluation includes the draw of labels, the record of a run on disk and its figures. There are no
-networks, training steps or hyper-parameters here: those stand in the scripts, where they are read.
+With the loader go the check of image files and what several processes need; with evaluation the
+draw of labels, the record of a run on disk, its checkpoints and its figures. There are no networks,
+training steps or hyper-parameters here: those stand in the scripts, where they are read.
 
 Notation: l(x) are the K logits of the classifier, Z(x) = sum_k exp l_k(x), and the classifier is
 also the discriminator D(x) = Z / (Z + 1) (Salimans et al. 2016, arXiv:1606.03498, section 5).
 """
 
+import atexit
 import contextlib
 import csv
+import functools
+import hashlib
 import io
 import json
 import os
 import random
+import re
 import resource
+import shutil
+import signal
 import sys
+import threading
 import time
+import warnings
+import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from PIL import Image
 from torch import Tensor, nn
 from torchvision.utils import save_image
+from tqdm import tqdm
 
 # ==================================== the log-sum-exp loss =======================================
 # A (K+1)-way softmax whose extra logit, "fake", is fixed at 0 says p(fake | x) = 1 / (Z + 1). So
@@ -33,6 +47,7 @@ from torchvision.utils import save_image
 
 
 def float32_at_least(x: Tensor) -> Tensor:
+    """bfloat16 and float16 become float32; float32 and float64 stay."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -115,11 +130,219 @@ def seed_everything(seed: int):
     torch.manual_seed(seed)
 
 
+# ========================================= several processes ======================================
+# `torchrun --nproc-per-node N script.py` starts N processes; without torchrun all of this is of no
+# effect. Every process draws the same random numbers for the whole batch and takes its share.
+
+
+def start_processes(device_name: str):
+    """(rank, number of processes): joins those that torchrun started, one GPU each on CUDA."""
+    if "RANK" not in os.environ:
+        return 0, 1
+    if device_name != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA tensors
+    atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+class _MeanOverProcesses(torch.autograd.Function):
+    """Both ways the mean: with gradients averaged as well, the loss is the mean of all losses."""
+
+    @staticmethod
+    def forward(ctx, x):
+        total = x.clone()
+        dist.all_reduce(total)
+        return total / dist.get_world_size()
+
+    backward = forward
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """The mean of x over all processes, differentiable; x itself where there is one."""
+    return _MeanOverProcesses.apply(x) if dist.is_initialized() else x
+
+
+def average_gradients(network: nn.Module):
+    """Replace the gradient of each parameter by its mean over all processes."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        mean = mean_over_processes(torch.cat([g.flatten() for g in gradients]))
+        for g, part in zip(gradients, mean.split([g.numel() for g in gradients])):
+            g.copy_(part.view_as(g))
+
+
+def stop_signal() -> threading.Event:
+    """An event that SIGINT (Ctrl-C) or SIGTERM sets; a second signal ends the process at once."""
+    event, signals = threading.Event(), (signal.SIGINT, signal.SIGTERM)
+
+    def request(number, frame):
+        event.set()
+        for each in signals:
+            signal.signal(each, signal.SIG_DFL)
+
+    for each in signals:
+        signal.signal(each, request)
+    return event
+
+
+def in_any_process(flag: bool) -> bool:
+    """Whether the flag is set in any process; all of them get the same answer, without the GPU."""
+    if not dist.is_initialized():
+        return flag
+    flags = torch.tensor(int(flag))
+    dist.all_reduce(flags)
+    return flags.item() > 0
+
+
+def same_everywhere(values) -> bool:
+    """Whether all processes have the same list of strings, numbers or the like."""
+    digest = torch.tensor(float(zlib.crc32(repr(values).encode(errors="replace"))),
+                          dtype=torch.float64)
+    return mean_over_processes(digest).item() == digest.item()
+
+
+def random_state() -> dict:
+    """The state of torch's random numbers, of the CPU and of this process's GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state: dict):
+    """What random_state() returned; that of a GPU is passed over where there is none."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
+
+
+# ==================================== image files, checked ========================================
+# One file that DALI cannot decode ends its pipeline, so every file is decoded once before.
+
+DALI_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP"}  # MPO: phones' JPEG
+LITTER = {"thumbs.db", "desktop.ini"}  # of operating systems; hidden files are passed over too
+
+
+def why_unusable(path):
+    """The reason in a few words why an image file cannot be decoded, None if it can.
+
+    What Pillow decodes whole, checksums included, DALI was seen to decode. A JPEG is read to its
+    end at an eighth of its size, which takes a third of the time.
+    """
+    try:
+        str(path).encode()  # fails for names that are not UTF-8
+        if path.stat().st_size == 0:
+            return "empty"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of large images
+            with Image.open(path) as image:
+                if image.format not in DALI_FORMATS:
+                    return f"{image.format}, which DALI does not decode"
+                if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+                    return "several frames or pages"
+                image.verify()
+            with Image.open(path) as image:  # nothing can be read after verify()
+                image.draft("RGB", (64, 64))
+                image.load()
+    except Image.UnidentifiedImageError:
+        return "not an image"
+    except Exception as error:  # Pillow raises many kinds for a damaged file
+        return f"cannot be read: {error}"
+
+
+def check_images(folder, flag: str):
+    """(images, reason by unusable file) anywhere below a folder, links followed, sorted by name.
+
+    Errors: exit status 2, naming the flag, if there is no such folder or no file in it, or if more
+    than half of its files are unusable.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        die(f"{flag} {folder} is not a folder: --prepare or --download makes it, or name yours")
+    files, seen = [], set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if os.path.realpath(parent) in seen:  # by another link, maybe of a folder to its parent
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(parent))
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        files += [Path(parent, name) for name in names
+                  if not name.startswith(".") and name.lower() not in LITTER]
+    files.sort()
+    if not files:
+        die(f"{flag} {folder} holds no files")
+    with ThreadPoolExecutor() as pool:
+        reasons = list(tqdm(pool.map(why_unusable, files), f"checking {folder}", len(files),
+                            disable=None, leave=False))
+    unusable = {path: reason for path, reason in zip(files, reasons) if reason}
+    if 2 * len(unusable) > len(files):
+        die(f"{len(unusable)} of {len(files)} files in {flag} {folder} cannot be used"
+            + listing(unusable))
+    return [path for path in files if path not in unusable], unusable
+
+
+def listing(unusable: dict) -> str:
+    """A line for each unusable file, of the first 20."""
+    lines = [f"\n  {path}: {reason}" for path, reason in list(unusable.items())[:20]]
+    return ":" + "".join(lines) + ("\n  ..." if len(unusable) > 20 else "")
+
+
+def class_of(path, folder) -> str:
+    """The class of a labeled image: its subfolder, or else the letters that begin its name."""
+    relative = path.relative_to(folder)
+    if len(relative.parts) > 1:
+        return relative.parts[0]
+    letters = re.match(r"[^\W\d_]+", path.name)  # cat.12.jpg, dog_7.jpg, cat3.jpg
+    if not letters:
+        die(f"{path} has no class: put it in a subfolder, or begin its name with the class")
+    return letters[0]
+
+
+def check_labeled(folder, flag: str, class_names=None):
+    """(images, class index of each, class names, reason by unusable file) of a labeled folder.
+
+    Without class_names it is the folder to learn from: its classes are the classes, every file must
+    be usable and every subfolder hold an image. Otherwise only classes of these names may occur.
+    Errors: exit status 2, naming the flag.
+    """
+    images, unusable = check_images(folder, flag)
+    classes = [class_of(path, folder) for path in images]
+    if class_names is None:
+        if unusable:
+            die(f"each file in {flag} {folder} must be an image; repair or remove"
+                + listing(unusable))
+        empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
+                 and not d.name.startswith(".")]
+        if empty:
+            die(f"class {empty[0]} in {flag} {folder} has no image")
+        class_names = sorted(set(classes))
+        if len(class_names) < 2:
+            die(f"{flag} {folder} holds one class only ({class_names[0]}): at least two are needed")
+    unknown = sorted(set(classes) - set(class_names))
+    if unknown:
+        die(f"class {unknown[0]} in {flag} {folder} has no labeled image: the classes are "
+            f"{', '.join(class_names)}")
+    return images, [class_names.index(c) for c in classes], class_names, unusable
+
+
+def same_bytes(held_out, training) -> dict:
+    """held-out file -> a training file of the same bytes: such images make a score too good."""
+    digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
+    by_size, leaks = {}, {}
+    for path in training:
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for path in held_out:
+        for other in by_size.get(path.stat().st_size, []):
+            if digest(other) == digest(path):
+                leaks[path] = other
+                break
+    return leaks
+
+
 # ====================================== image files with DALI =====================================
 
 
 def dali_loader(files, labels, batch_size, image_size, device, shuffle_seed=None, drop_last=False,
-                shard_id=0, num_shards=1):
+                shard_id=0, num_shards=1, first_batch=0):
     """One pass over image files with NVIDIA DALI, decoded on the device that trains.
 
     Args:
@@ -131,6 +354,7 @@ def dali_loader(files, labels, batch_size, image_size, device, shuffle_seed=None
         drop_last: leave out the last batch when it is not full, and give every shard as many.
         shard_id, num_shards: this process takes every num_shards-th file, so that the shards
             together see each file exactly once.
+        first_batch: begin there, as if the batches before it had been taken.
     Returns:
         an iterator of (images (N, 3, S, S) float32 in [0, 1], labels (N,) int64) on `device`.
         Decoding of the first batches begins with the call and runs ahead of the training.
@@ -146,7 +370,7 @@ def dali_loader(files, labels, batch_size, image_size, device, shuffle_seed=None
         order = np.random.default_rng(shuffle_seed).permutation(order)
     if drop_last:
         order = order[: len(order) // (num_shards * batch_size) * num_shards * batch_size]
-    order = order[shard_id::num_shards]
+    order = order[first_batch * num_shards * batch_size:][shard_id::num_shards]
     if len(order) == 0:
         return iter(())
 
@@ -203,6 +427,44 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     return labeled, rest[:num_val], rest[num_val:]
 
 
+def draw_folders(images, classes, targets, sizes, seed: int):
+    """The same for image files: draw them into new folders, of links or, without these, of copies.
+
+    Args: images (paths) and the class of each; the folders to make, the last one for unlabeled
+    images under neutral names, the others with a subfolder for each class; how many images of each
+    class go to each but the last, which gets the rest; the seed of the draw.
+    Returns: the images of the first folder. Each folder appears whole or not at all.
+    Errors: exit status 2 if a class has too few images.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = {target: [] for target in targets}
+    for name in sorted(set(classes)):
+        members = [path for path, of in zip(images, classes) if of == name]
+        if len(members) <= sum(sizes):
+            die(f"class {name} has {len(members)} images: more than {sum(sizes)} are needed to "
+                "draw labeled, validation and test images and leave some unlabeled")
+        members = np.array([members[i] for i in rng.permutation(len(members))])
+        for target, chosen in zip(targets, np.split(members, np.cumsum(sizes))):
+            drawn[target] += [(name, path) for path in chosen]
+    rng.shuffle(drawn[targets[-1]])
+    for target in targets:
+        tmp = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        for n, (name, path) in enumerate(drawn[target]):
+            neutral = target == targets[-1]
+            copy = tmp / f"{n:05d}{path.suffix}" if neutral else tmp / name / path.name
+            if os.path.lexists(copy):  # of that name in another subfolder
+                copy = copy.with_name(f"{n:05d}-{path.name}")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                copy.symlink_to(path.resolve())
+            except OSError:
+                shutil.copyfile(path, copy)
+        tmp.rename(target)
+        print(f"{target}: {len(drawn[target])} images")
+    return [path for _, path in drawn[targets[0]]]
+
+
 # ========================================== evaluation ============================================
 
 
@@ -251,43 +513,81 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 
+def load_checkpoint(path, flag: str, keys=()) -> dict:
+    """What Run.save has saved, on the CPU. Errors: exit status 2, naming the flag, if there is no
+    such file, if it is damaged, or if one of the keys is missing in it."""
+    if not Path(path).is_file():
+        die(f"{flag}: there is no file {path}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        die(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})")
+    if not (isinstance(state, dict) and set(keys) <= set(state)):
+        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(keys)}")
+    return state
+
+
+def write_csv(path, rows: list):
+    """rows: dictionaries, column -> value; a column that a row does not have stays empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=dict.fromkeys(k for row in rows for k in row))
+    writer.writeheader()
+    writer.writerows(rows)
+    with atomic(path) as tmp:  # a file's name may be no UTF-8
+        tmp.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
+
+
 class Run:
     """The folder of one run, `out_dir/name__time/`: args.json, metrics.csv, checkpoints, results.
 
     name: what was run, e.g. "sgan_mnist__n100__split0__seed0"; config: all flags, for args.json and
-    results.json.
+    results.json. resume: the folder of a run that goes on, with the rows of metrics.csv so far;
+    out_dir and name then do not count.
     Every file is written whole or not at all.
     """
 
-    def __init__(self, out_dir, name: str, config: dict):
+    def __init__(self, out_dir, name: str, config: dict, rows=(), resume=None):
+        self.config, self.rows = dict(config), list(rows)  # as given: a dry run changes some
+        if resume:
+            self.dir = Path(resume)
+            for left in self.dir.glob(".*.tmp"):  # half-written when the run was killed
+                left.unlink()
+            return
         stamp = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in range(100):  # two runs may begin in the same second
             self.dir = Path(out_dir) / (f"{stamp}-{attempt}" if attempt else stamp)
             try:
-                (self.dir / "samples").mkdir(parents=True)
+                self.dir.mkdir(parents=True)
                 break
             except FileExistsError:
                 continue
             except OSError as error:
                 die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
-        self.config, self.rows = dict(config), []  # as given: a dry run changes some
         with atomic(self.dir / "args.json") as tmp:
             tmp.write_text(json.dumps(config, indent=2, default=str) + "\n")
 
     def log(self, row: dict):
         """Add one evaluation to metrics.csv; row: column -> number, empty where a row has none."""
         self.rows.append(row)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=dict.fromkeys(k for one in self.rows for k in one))
-        writer.writeheader()
-        writer.writerows(self.rows)
-        with atomic(self.dir / "metrics.csv") as tmp:
-            tmp.write_text(text.getvalue())
+        write_csv(self.dir / "metrics.csv", self.rows)
+
+    def warn(self, filename: str, columns, found: dict, what: str):
+        """Where anything was found, print one line, and list it all under the two columns."""
+        if found:
+            write_csv(self.dir / filename, [dict(zip(columns, pair)) for pair in found.items()])
+            print(f"warning: {len(found)} {what}: see {self.dir / filename}")
 
     def save(self, filename: str, state: dict):
-        """Save a checkpoint of tensors, numbers and strings (`torch.load(weights_only=True)`)."""
-        with atomic(self.dir / filename) as tmp:
-            torch.save(state, tmp)
+        """Save a checkpoint of tensors, numbers and strings (`torch.load(weights_only=True)`).
+
+        Errors: exit status 1 if it cannot be written; the file of that name is then as it was.
+        """
+        try:
+            with atomic(self.dir / filename) as tmp:
+                torch.save(state, tmp)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+            raise SystemExit(f"stopped: {self.dir / filename} cannot be written ({error}); what "
+                             "was saved before is kept")
 
     def finish(self, device: torch.device, **results):
         """Write results.json and print the same object after the word RESULT, as the last line.
@@ -342,11 +642,18 @@ class StepMeans:
         self.checked = len(self.values)
 
     def means(self) -> dict:
-        """name -> mean since the last call, as float; starts anew."""
+        """name -> mean since the last call, over all processes, as float; starts anew."""
         self.check()
-        means = dict(zip(self.names, torch.stack(self.values).mean(dim=0).tolist()))
+        means = mean_over_processes(torch.stack(self.values).mean(dim=0)).tolist()
         self.steps, self.values, self.checked = [], [], 0
-        return means
+        return dict(zip(self.names, means))
+
+    def state_dict(self) -> dict:
+        self.check()  # nothing that is not finite goes into a checkpoint
+        return dict(vars(self))
+
+    def load_state_dict(self, state: dict, device):
+        vars(self).update(state, values=[value.to(device) for value in state["values"]])
 
 
 # ============================================ figures =============================================
@@ -359,6 +666,7 @@ def save_samples(generator: nn.Module, fixed_z: Tensor, path):
     generator.eval()
     images = generator(fixed_z).float().cpu()  # (N, C, H, W)
     generator.train(was_training)
+    Path(path).parent.mkdir(exist_ok=True)
     with atomic(path) as tmp:
         save_image(images, tmp, format="png", nrow=round(len(images) ** 0.5))
 
@@ -421,18 +729,25 @@ def errors_and_others(labels: Tensor, predicted: Tensor, num: int) -> Tensor:
 def plot_predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_names: list, path,
                      title=""):
     """A few images (N, C, H, W) in [0, 1], each under its predicted class; errors framed in red."""
+    wrong = (predicted.cpu() != labels.cpu()).tolist()
+    captions = [class_names[guess] + (f", not {class_names[y]}" if framed else "")
+                for guess, y, framed in zip(predicted.tolist(), labels.tolist(), wrong)]
+    plot_images(images, captions, path, title, wrong)
+
+
+def plot_images(images: Tensor, captions: list, path, title="", wrong=()):
+    """A few images (N, C, H, W) in [0, 1] under their captions; those that are wrong framed red."""
     columns = 10
     rows = max(1, -(-len(images) // columns))
     figure = Figure(figsize=(columns * 1.1, rows * 1.4 + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=10)
     for axes in figure.subplots(rows, columns).flat:
         axes.axis("off")
-    for axes, x, y, guess in zip(figure.axes, images.cpu(), labels.tolist(), predicted.tolist()):
+    wrong = [*wrong, *[False] * (len(images) - len(wrong))]
+    for axes, x, caption, framed in zip(figure.axes, images.cpu(), captions, wrong):
         axes.imshow(x.permute(1, 2, 0).clamp(0, 1).float().squeeze(-1), cmap="gray")
-        wrong = guess != y
-        title = f"{class_names[guess]}, not {class_names[y]}" if wrong else class_names[guess]
-        axes.set_title(title, fontsize=7, color="red" if wrong else "black")
-        if wrong:
+        axes.set_title(caption, fontsize=7, color="red" if framed else "black")
+        if framed:
             axes.axis("on")
             axes.set(xticks=[], yticks=[])
             for spine in axes.spines.values():

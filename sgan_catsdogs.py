@@ -11,38 +11,44 @@ and not yet on photos.
     python sgan_catsdogs.py --prepare data/PetImages        # the same from photos you have
     python sgan_catsdogs.py --labeled-dir data/labeled --epochs 40
     python sgan_catsdogs.py --supervised-only               # the baseline: labeled photos alone
+    python sgan_catsdogs.py --resume runs/RUN               # go on with a run that was ended
+    python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/best.pt
+    torchrun --nproc-per-node 4 sgan_catsdogs.py            # the training on four GPUs
 
 What differs from the article that this follows, and what it scores: README.md.
 """
 
 import argparse
 import json
-import os
-import re
-import shutil
+import shlex
+import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+import zipfile
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import (Run, StepMeans, atomic, bf16_autocast, dali_loader, die, errors_and_others,
-                    evaluate, fake_loss, fool_loss, labeled_loss, not_negative, pick_device,
-                    plot_confusion, plot_curves, plot_predictions, positive, real_logit,
-                    save_samples, seed_everything, unlabeled_loss)
+from common import (Run, StepMeans, atomic, average_gradients, bf16_autocast, check_images,
+                    check_labeled, class_of, dali_loader, die, draw_folders, errors_and_others,
+                    evaluate, fake_loss, float32_at_least, fool_loss, in_any_process, labeled_loss,
+                    listing, load_checkpoint, mean_over_processes, not_negative, pick_device,
+                    plot_confusion, plot_curves, plot_images, plot_predictions, positive,
+                    random_state, real_logit, same_bytes, same_everywhere, save_samples,
+                    seed_everything, set_random_state, start_processes, stop_signal, unlabeled_loss,
+                    write_csv)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.95  # from which probability on the EMA classifier's own labels are trained on
+CONFIDENCE = 0.95  # above which probability the EMA classifier's own labels are trained on
 EMA_DECAY = 0.999
+SAVE_SECONDS = 600  # between two checkpoints within an epoch; one is written after each anyway
 
 
 def parse_args():
@@ -53,6 +59,9 @@ def parse_args():
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
     run.add_argument("--out-dir", default="runs", help="parent of the run's folder")
     run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
+    run.add_argument("--resume", metavar="RUN", help="go on with the unfinished run in this folder")
+    run.add_argument("--predict", metavar="FOLDER", help="label these images instead of training")
+    run.add_argument("--checkpoint", metavar="FILE", help="best.pt or final.pt, for --predict")
     data = parser.add_argument_group("data")
     data.add_argument("--labeled-dir", default="data/labeled",
                       help="labeled images: a subfolder per class, or names like cat.12.jpg")
@@ -68,6 +77,8 @@ def parse_args():
     train.add_argument("--batch-size", type=int, default=64, help="unlabeled, and fake, images")
     train.add_argument("--lr", type=float, default=2e-4, help="Adam, classifier")
     train.add_argument("--lr-generator", type=float, default=1e-3, help="Adam, generator")
+    train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
+                       help="what tells real from fake, see Classifier")
     train.add_argument("--gan-weight", type=float, default=1.0,
                        help="of the unlabeled and fake terms; 0: the generator is of no effect")
     train.add_argument("--consistency-weight", type=float, default=0.0,
@@ -86,6 +97,19 @@ def parse_args():
                             val_dir="data/demo/val", test_dir="data/demo/test",
                             image_size=32, epochs=11, consistency_weight=1.0)
         args = parser.parse_args()
+    checkpoint = None
+    if args.resume:  # the run's own flags become the defaults; others given must agree with them
+        checkpoint = load_checkpoint(Path(args.resume, "last.pt"), "--resume", ["args", "step"])
+        if checkpoint["best_val"] >= 0 and not Path(args.resume, "best.pt").exists():
+            die(f"--resume {args.resume}: best.pt is missing there, which belongs to last.pt")
+        parser.set_defaults(**checkpoint["args"])
+        args = parser.parse_args()
+        for name, value in checkpoint["args"].items():
+            if getattr(args, name) != value:
+                die(f"--resume {args.resume}: that run has --{name.replace('_', '-')} {value}, not "
+                    f"{getattr(args, name)}; leave the flag out, or start a new run")
+    if bool(args.predict) != bool(args.checkpoint):
+        die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
              lr=args.lr, lr_generator=args.lr_generator)
     if args.image_size % 32:
@@ -94,72 +118,29 @@ def parse_args():
         die("--batch-size must be at least 2: batch norm has no variance of one image")
     not_negative(seed=args.seed, split_seed=args.split_seed, gan_weight=args.gan_weight,
                  consistency_weight=args.consistency_weight)
-    return args
-
-
-# ============================================== data ==============================================
-
-DALI_FORMATS = {"JPEG", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP"}
-
-
-def is_image(path, whole=False):
-    """Whether DALI can decode the file, by its header, or by decoding the whole of it."""
-    try:
-        with Image.open(path) as image:
-            if whole:
-                image.load()
-            return image.format in DALI_FORMATS
-    except (OSError, SyntaxError, Image.DecompressionBombError):
-        return False
-
-
-def list_images(folder, flag, whole=False):
-    """(images, other files) anywhere below the folder, sorted; hidden files are passed over."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        die(f"{flag} {folder} is not a folder: --prepare or --download makes it, or name yours")
-    files = sorted(path for path in folder.rglob("*") if path.is_file()
-                   and not any(part.startswith(".") for part in path.relative_to(folder).parts))
-    if not files:
-        die(f"{flag} {folder} holds no files")
-    with ThreadPoolExecutor() as pool:
-        usable = list(pool.map(lambda path: is_image(path, whole), files))
-    return [f for f, ok in zip(files, usable) if ok], [f for f, ok in zip(files, usable) if not ok]
-
-
-def class_of(path, folder):
-    """The class of a labeled image: its subfolder, or else the letters that begin its name."""
-    relative = path.relative_to(folder)
-    if len(relative.parts) > 1:
-        return relative.parts[0]
-    letters = re.match(r"[^\W\d_]+", path.name)  # cat.12.jpg, dog_7.jpg, cat3.jpg
-    if not letters:
-        die(f"{path} has no class: put it in a subfolder, or begin its name with the class")
-    return letters[0]
-
-
-def list_labeled(folder, flag, class_names=None):
-    """(paths, class index of each, class names); with class_names given, no others may occur."""
-    paths, others = list_images(folder, flag, whole=True)
-    if others:
-        die(f"{others[0]} in {flag} is not an image that can be read: repair or remove it")
-    classes = [class_of(path, folder) for path in paths]
-    if class_names is None:
-        empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
-                 and not d.name.startswith(".")]
-        if empty:
-            die(f"class {empty[0]} in {flag} {folder} has no image")
-        class_names = sorted(set(classes))
-        if len(class_names) < 2:
-            die(f"{flag} {folder} holds one class only ({class_names[0]}): at least two are needed")
-    unknown = sorted(set(classes) - set(class_names))
-    if unknown:
-        die(f"class {unknown[0]} in {flag} {folder} has no labeled image: the classes are "
-            f"{', '.join(class_names)}")
-    return paths, [class_names.index(c) for c in classes], class_names
+    return args, checkpoint
 
 
 # ============================================ networks ============================================
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch norm over the images of all processes; torch.nn.SyncBatchNorm does so on GPUs only."""
+
+    def forward(self, x):
+        if not (self.training and dist.is_initialized()):
+            return super().forward(x)
+        wide = float32_at_least(x)
+        moments = torch.stack([wide.mean((0, 2, 3)), wide.square().mean((0, 2, 3))])
+        mean, square = mean_over_processes(moments)  # (C,), (C,)
+        var = (square - mean.square()).clamp(min=0)
+        count = x.numel() // x.shape[1] * dist.get_world_size()
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+        scale = self.weight * (var + self.eps).rsqrt()
+        shift = self.bias - mean * scale
+        return (x * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
 
 class Generator(nn.Module):
@@ -173,7 +154,7 @@ class Generator(nn.Module):
 
         def up(n_in, n_out, kernel, stride, padding):
             return [nn.ConvTranspose2d(n_in, n_out, kernel, stride, padding, bias=False),
-                    nn.BatchNorm2d(n_out), nn.ReLU()]
+                    BatchNorm(n_out), nn.ReLU()]
 
         self.layers = nn.Sequential(
             *up(LATENT_DIM, 512, image_size // 32, 1, 0),  # (N, 512, s, s)
@@ -193,21 +174,34 @@ class Generator(nn.Module):
 
 
 class Classifier(nn.Module):
-    """ResNet18 from scratch: images (N, 3, S, S) in [0, 1] -> logits (N, K), features (N, 512)."""
+    """ResNet18: images (N, 3, S, S) in [0, 1] -> logits (N, K), features (N, 512), real logit (N,).
 
-    def __init__(self, num_classes, image_size):
+    D(x) = sigmoid(r) of the real logit r. "logsumexp": r = log Z, as if "fake" were one more logit,
+    fixed at 0 (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016,
+    arXiv:1606.01583; the labeled loss stays one of K classes).
+    """
+
+    def __init__(self, num_classes, image_size, real_logit_form):
         super().__init__()
-        self.resnet = torchvision.models.resnet18(weights=None)
+        self.resnet = torchvision.models.resnet18(weights=None, norm_layer=BatchNorm)
         self.resnet.fc = nn.Identity()
         if image_size < 128:  # keep detail: 64 px would shrink to 2x2 before the average
             self.resnet.maxpool = nn.Identity()
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(512, num_classes)
+        self.real_logit_form = real_logit_form
+        if real_logit_form == "fake-class":
+            self.extra = nn.Linear(512, 1)
 
     def forward(self, x):
         x = ((x - 0.5) * 4).contiguous(memory_format=torch.channels_last)  # photos: std about 1/4
         features = self.resnet(x)
-        return self.head(self.dropout(features)), features
+        h = self.dropout(features)
+        logits = self.head(h)
+        r = real_logit(logits)  # log sum_k exp l_k(x)
+        if self.real_logit_form == "fake-class":
+            r = r - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
+        return logits, features, r
 
 
 def update_batch_norm_statistics(classifier, on):
@@ -217,15 +211,17 @@ def update_batch_norm_statistics(classifier, on):
             module.momentum = 0.1 if on else 0.0
 
 
-def augment(x):
+def augment(x, rank=0, world=1):
     """Random flip, crop, shift, brightness and contrast of each image; (N, 3, S, S) -> the same.
 
     Differentiable, so that fakes are changed as photos are and the generator learns through it
-    (DiffAugment, Zhao et al. 2020, arXiv:2006.10738).
+    (DiffAugment, Zhao et al. 2020, arXiv:2006.10738). x is what this process, of that rank in
+    `world` processes, has of a batch.
     """
     n = len(x)
-    flip = torch.randint(0, 2, (n,), device=x.device) * 2 - 1
-    zoom, shift_x, shift_y, brightness, contrast = torch.rand(5, n, device=x.device) * 2 - 1
+    flip = torch.randint(0, 2, (n * world,), device=x.device)[rank::world] * 2 - 1
+    noise = torch.rand(5, n * world, device=x.device)[:, rank::world] * 2 - 1
+    zoom, shift_x, shift_y, brightness, contrast = noise  # (N,) each, in [-1, 1)
     zoom = 0.9 + 0.15 * zoom  # a window of 75% to 105% of the side
     theta = torch.zeros(n, 2, 3, device=x.device)
     theta[:, 0, 0], theta[:, 1, 1] = zoom * flip, zoom
@@ -241,31 +237,40 @@ def augment(x):
 
 
 def main():
-    args = parse_args()
+    args, checkpoint = parse_args()
+    rank, world = start_processes(args.device)  # 0, 1 without torchrun
+    if world > 1 and (args.download or args.prepare or args.predict or args.demo):
+        die("--download, --prepare, --predict and --demo are for one process: leave torchrun out")
     if args.download or args.prepare:
         return prepare(args)
+    if args.predict:
+        return predict(args)
     if args.demo:
-        draw_demo(args)
+        draw_demo()
     device = pick_device(args.device)
     seed_everything(args.seed)
-    lab_files, lab_labels, class_names = list_labeled(args.labeled_dir, "--labeled-dir")
-    val_files, val_labels, _ = list_labeled(args.val_dir, "--val-dir", class_names)
-    test_files, test_labels, _ = list_labeled(args.test_dir, "--test-dir", class_names)
-    unl_files = []
+    lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
+    val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
+    test_files, test_labels, _, bad_test = check_labeled(args.test_dir, "--test-dir", class_names)
+    unl_files, bad_unl = [], {}
     if not args.supervised_only:
-        unl_files, others = list_images(args.unlabeled_dir, "--unlabeled-dir")
+        unl_files, bad_unl = check_images(args.unlabeled_dir, "--unlabeled-dir")
         if len(unl_files) < args.batch_size:
             die(f"--unlabeled-dir {args.unlabeled_dir} holds {len(unl_files)} images, fewer than "
                 f"one batch: add some, or set --batch-size to {len(unl_files)} or less")
-        if others:
-            print(f"warning: {len(others)} files that are no images are left out: {others[0]} ...")
+    if args.batch_size % world or len(lab_files) < world:
+        die(f"{world} processes must share --batch-size {args.batch_size} evenly, and have at "
+            "least one labeled image each")
+    unusable = {**bad_val, **bad_test, **bad_unl}
+    leaks = same_bytes(val_files + test_files, lab_files + unl_files)
     num_classes, num_labeled = len(class_names), len(lab_files)
     method = "supervised" if args.supervised_only else "sgan"
-    record = draw_record(args.labeled_dir)
-    split_seed = json.loads(record.read_text())["split_seed"] if record.exists() else None
-    print(f"{method} on {device}: {num_labeled} labeled images ("
-          + ", ".join(f"{lab_labels.count(k)} {name}" for k, name in enumerate(class_names))
-          + f"), {len(unl_files)} unlabeled, {len(val_files)} validation, {len(test_files)} test")
+    split_seed = drawn_by(args.labeled_dir)
+    if rank == 0:
+        print(f"{method} on {device}: {num_labeled} labeled images ("
+              + ", ".join(f"{lab_labels.count(k)} {name}" for k, name in enumerate(class_names))
+              + f"), {len(unl_files)} unlabeled, {len(val_files)} validation, "
+              f"{len(test_files)} test")
 
     # The few labeled images stay on the device, (n, 3, S, S) uint8; all others come from DALI.
     x_labeled = torch.cat([(x * 255).round().byte() for x, _ in dali_loader(
@@ -276,7 +281,7 @@ def main():
         batches = dali_loader(files, labels, args.batch_size, args.image_size, device)
         return islice(batches, 2) if args.dry_run else batches
 
-    classifier = Classifier(num_classes, args.image_size).to(device)
+    classifier = Classifier(num_classes, args.image_size, args.real_logit).to(device)
     classifier = classifier.to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
@@ -286,127 +291,197 @@ def main():
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
 
-    run = Run(args.out_dir, f"sgan_catsdogs__{method}__n{num_labeled}__px{args.image_size}"
-              f"__split{split_seed}__seed{args.seed}".replace("__splitNone", ""), vars(args))
+    config = {name: value for name, value in vars(args).items() if name != "resume"}
     steps_per_epoch = 100 if args.supervised_only else len(unl_files) // args.batch_size
     if args.dry_run:
         args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
-    num_steps = args.epochs * steps_per_epoch
-    step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
+    total_steps = args.epochs * steps_per_epoch
+    labeled_batch = min(LABELED_BATCH, num_labeled) // world * world
+    for_predict = {"class_names": class_names, "image_size": args.image_size,
+                   "real_logit": args.real_logit,
+                   "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
+    losses, first_step, best_val, rows, seconds_before = StepMeans(), 1, -1.0, [], 0.0
+    saved_parts = {"classifier": classifier, "classifier_ema": classifier_ema, "opt_d": opt_d,
+                   "generator": generator, "opt_g": opt_g}
+    files = [f"{path}, {path.stat().st_size} bytes"
+             for path in lab_files + val_files + test_files + unl_files]
+    if not same_everywhere(files):
+        die("the processes do not all find the same images in the folders")
+    if args.resume:
+        if checkpoint["files"] != files:
+            die(f"--resume {args.resume}: the folders do not hold the images that run began with; "
+                "was it started in another working directory?")
+        for name, part in saved_parts.items():
+            part.load_state_dict(checkpoint[name])
+        losses.load_state_dict(checkpoint["losses"], device)
+        first_step, best_val = checkpoint["step"] + 1, checkpoint["best_val"]
+        rows, seconds_before = checkpoint["rows"], checkpoint["seconds"]
+        fixed_z = checkpoint["fixed_z"].to(device)
+        set_random_state(checkpoint["random_state"])
+    if rank == 0:
+        split = "" if split_seed is None else f"__split{split_seed}"
+        run = Run(args.out_dir, f"sgan_catsdogs__{method}__n{num_labeled}__px{args.image_size}"
+                  f"{split}__seed{args.seed}", config, rows, resume=args.resume)
+        run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
+        run.warn("leaks.csv", ("held out", "training"), leaks,
+                 "validation or test images are training images too")
+    stop, started, saved_at = stop_signal(), time.perf_counter(), time.perf_counter()
 
-    for epoch in range(1, args.epochs + 1):
-        photos = dali_loader(unl_files, None, args.batch_size, args.image_size, device,
-                             shuffle_seed=[args.seed, epoch], drop_last=True)
-        epoch_started = time.perf_counter()
-        for _ in tqdm(range(steps_per_epoch), f"epoch {epoch}/{args.epochs}", disable=None,
-                      leave=False):
-            step += 1
-            chosen = torch.randperm(num_labeled, device=device)[:LABELED_BATCH]
-            x_lab, y_lab = augment(x_labeled[chosen] / 255), y_labeled[chosen]  # (n, 3, S, S), (n,)
+    for step in tqdm(range(first_step, total_steps + 1), initial=first_step - 1, total=total_steps,
+                     disable=True if rank else None):
+        epoch, i = 1 + (step - 1) // steps_per_epoch, (step - 1) % steps_per_epoch
+        if i == 0 or step == first_step:
+            photos = dali_loader(unl_files, None, args.batch_size // world, args.image_size, device,
+                                 shuffle_seed=[args.seed, epoch], drop_last=True, shard_id=rank,
+                                 num_shards=world, first_batch=i)
+            epoch_started, first_i = time.perf_counter(), i
 
-            if args.supervised_only:
-                with autocast:
-                    logits_lab, _ = classifier(x_lab)  # (n, K)
-                loss_lab = labeled_loss(logits_lab, y_lab)
-                opt_d.zero_grad()
-                loss_lab.backward()
-                opt_d.step()
-                losses.add(step, {"loss/lab": loss_lab})
+        # Every process draws the random numbers of the whole batch, and takes those of its images
+        # (but for dropout, whose masks are the same in each).
+        chosen = torch.randperm(num_labeled, device=device)[:labeled_batch][rank::world]
+        x_lab = augment(x_labeled[chosen] / 255, rank, world)  # (n, 3, S, S)
+        y_lab = y_labeled[chosen]  # (n,)
 
-            else:
-                x_unl, _ = next(photos)  # (N, 3, S, S)
-                z = torch.randn(args.batch_size, LATENT_DIM, device=device)
-                with autocast:
-                    x_fake = generator(z)
-                x_fake = augment(x_fake.float())  # (N, 3, S, S), used in both updates
+        if args.supervised_only:
+            with autocast:
+                logits_lab, _, _ = classifier(x_lab)  # (n, K)
+            loss_lab = labeled_loss(logits_lab, y_lab)
+            opt_d.zero_grad()
+            loss_lab.backward()
+            average_gradients(classifier)
+            opt_d.step()
+            losses.add(step, {"loss/lab": loss_lab})
 
-                # ---- the EMA classifier, as teacher, labels the unlabeled photos ----
+        else:
+            x_unl, _ = next(photos)  # (N, 3, S, S)
+            z = torch.randn(args.batch_size, LATENT_DIM, device=device)[rank::world]
+            with autocast:
+                x_fake = generator(z)
+            x_fake = augment(x_fake.float(), rank, world)  # (N, 3, S, S), used in both updates
+
+            # ---- the EMA classifier, as teacher, labels the unlabeled photos ----
+            sure = torch.zeros(len(x_unl), dtype=torch.bool, device=device)
+            if args.consistency_weight:
                 with torch.no_grad(), autocast:
-                    logits_teacher, _ = classifier_ema(augment(x_unl))  # (N, K)
+                    logits_teacher, _, _ = classifier_ema(augment(x_unl, rank, world))  # (N, K)
                 p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
                 sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
 
-                # ---- classifier: labels right, photos real, fakes fake ----
-                # Three forward passes, as batch norm would mix the three kinds of images; only
-                # unlabeled photos move the running statistics, as only photos are evaluated.
-                classifier.requires_grad_(True)
-                with autocast:
-                    update_batch_norm_statistics(classifier, False)
-                    logits_lab, _ = classifier(x_lab)  # (n, K)
-                    logits_fake, _ = classifier(x_fake.detach())  # (N, K)
-                    update_batch_norm_statistics(classifier, True)
-                    logits_unl, feat_unl = classifier(augment(x_unl))  # (N, K), (N, 512)
-                    update_batch_norm_statistics(classifier, False)
-                r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
-                loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
-                loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
+            # ---- classifier: labels right, photos real, fakes fake ----
+            # Three forward passes, as batch norm would mix the three kinds of images; only
+            # unlabeled photos move the running statistics: fakes are not evaluated, and the
+            # labeled ones are few.
+            classifier.requires_grad_(True)
+            with autocast:
+                update_batch_norm_statistics(classifier, False)
+                logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                _, _, r_fake = classifier(x_fake.detach())  # (N,)
+                update_batch_norm_statistics(classifier, True)
+                # (N, K), (N, 512), (N,)
+                logits_unl, feat_unl, r_unl = classifier(augment(x_unl, rank, world))
+                update_batch_norm_statistics(classifier, False)
+            loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
+            loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+            loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
+            # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
+            loss_con = torch.zeros((), device=device)
+            if args.consistency_weight:
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * sure).mean()
-                ramp = min(1.0, 3 * step / num_steps)  # an early teacher is wrong too often
-                # 0.5: as in the code of Salimans et al.
-                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                          + args.consistency_weight * ramp * loss_con)
-                opt_d.zero_grad()
-                loss_d.backward()
-                opt_d.step()
+            ramp = min(1.0, 3 * step / total_steps)  # an early teacher is wrong too often
+            # 0.5: as in the code of Salimans et al.
+            loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                      + args.consistency_weight * ramp * loss_con)
+            opt_d.zero_grad()
+            loss_d.backward()
+            average_gradients(classifier)
+            opt_d.step()
 
-                # ---- generator: look real, with the mean features of photos ----
-                classifier.requires_grad_(False)
-                with autocast:
-                    logits_fake, feat_fake = classifier(x_fake)  # (N, K), (N, 512)
-                gap = feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)  # (512,)
-                # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
-                loss_fm = gap.square().mean()
-                loss_g = fool_loss(real_logit(logits_fake)) + loss_fm  # -E log D(G(z)) + matching
-                opt_g.zero_grad()
-                loss_g.backward()
-                opt_g.step()
+            # ---- generator, through the new classifier; feat_unl is of the old one ----
+            classifier.requires_grad_(False)
+            with autocast:
+                _, feat_fake, r_gen = classifier(x_fake)  # (N, 512), (N,)
+            gap = mean_over_processes(feat_unl.detach().float().mean(0)
+                                      - feat_fake.float().mean(0))  # (512,)
+            # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+            loss_fm = gap.square().mean()
+            loss_g = fool_loss(r_gen) + loss_fm  # -E log D(G(z)) + matching
+            opt_g.zero_grad()
+            loss_g.backward()
+            average_gradients(generator)
+            opt_g.step()
 
-                losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
-                                  "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
-                                  "loss/con": loss_con, "monitor/sure": sure.float().mean(),
-                                  "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
+            losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
+                              "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
+                              "loss/con": loss_con, "monitor/sure": sure.float().mean(),
+                              "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                              "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
-            # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
-            decay = min(EMA_DECAY, (1 + step) / (10 + step))
-            for ema, now in zip(classifier_ema.state_dict().values(),
-                                classifier.state_dict().values()):
-                ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+        # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
+        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        for ema, now in zip(classifier_ema.state_dict().values(),
+                            classifier.state_dict().values()):
+            ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
 
-        # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
-        means = losses.means()  # waits for the device
-        images_seen = steps_per_epoch * (len(x_lab) if args.supervised_only else args.batch_size)
-        images_per_s = images_seen / (time.perf_counter() - epoch_started)
-        with autocast:
-            val = evaluate(classifier, held_out(val_files, val_labels), num_classes)
-            val_ema = evaluate(classifier_ema, held_out(val_files, val_labels), num_classes)
-            if not args.supervised_only:
-                save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, scored in (("raw", val), ("ema", val_ema)):
-            if scored["accuracy"] > best_val:
-                best_val = scored["accuracy"]
-                model = classifier if weights == "raw" else classifier_ema
-                run.save("best.pt", {"classifier": model.state_dict(), "class_names": class_names,
-                                     "image_size": args.image_size, "weights": weights,
-                                     "epoch": epoch, "val_accuracy": best_val})
-        seconds = time.perf_counter() - started
-        run.log({"step": step, "epoch": epoch, "seconds": round(seconds, 1), **means,
-                 "val_loss": val["loss"], "val_accuracy": val["accuracy"],
-                 "val_loss_ema": val_ema["loss"], "val_accuracy_ema": val_ema["accuracy"],
-                 "images_per_s": round(images_per_s, 1)})
-        plot_curves(run.rows, run.dir / "curves.png")
-        print(f"epoch {epoch}: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-              + f", val {val['accuracy']:.2%}, EMA {val_ema['accuracy']:.2%}, "
-              f"{images_per_s:.0f} images/s, {seconds:.0f} s", flush=True)
+        stopping, epoch_ends = in_any_process(stop.is_set()), i + 1 == steps_per_epoch
+        if epoch_ends:
+            means = losses.means()  # waits for the device
+        if rank > 0:  # the first process evaluates and writes; the others wait in their next step
+            if stopping:
+                return
+            continue
+
+        # ---- after each epoch: means of the losses, validation, samples, best weights ----
+        if epoch_ends:
+            images_seen = (i + 1 - first_i) * (labeled_batch if args.supervised_only
+                                               else args.batch_size)
+            images_per_s = images_seen / (time.perf_counter() - epoch_started)
+            with autocast:
+                val = evaluate(classifier, held_out(val_files, val_labels), num_classes)
+                val_ema = evaluate(classifier_ema, held_out(val_files, val_labels), num_classes)
+                if not args.supervised_only:
+                    save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
+            for weights, scored in (("raw", val), ("ema", val_ema)):
+                if scored["accuracy"] > best_val:
+                    best_val = scored["accuracy"]
+                    model = classifier if weights == "raw" else classifier_ema
+                    run.save("best.pt", {"classifier": model.state_dict(), **for_predict,
+                                         "weights": weights, "epoch": epoch,
+                                         "val_accuracy": best_val})
+            seconds = seconds_before + time.perf_counter() - started
+            run.log({"step": step, "epoch": epoch, "seconds": round(seconds, 1), **means,
+                     "val_loss": val["loss"], "val_accuracy": val["accuracy"],
+                     "val_loss_ema": val_ema["loss"], "val_accuracy_ema": val_ema["accuracy"],
+                     "images_per_s": round(images_per_s, 1)})
+            plot_curves(run.rows, run.dir / "curves.png")
+            tqdm.write(f"epoch {epoch}: "
+                       + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
+                       + f", val {val['accuracy']:.2%}, EMA {val_ema['accuracy']:.2%}, "
+                       f"{images_per_s:.0f} images/s, {seconds:.0f} s")
+            sys.stdout.flush()
+
+        # ---- a checkpoint from which --resume goes on as if nothing had happened ----
+        if epoch_ends or stopping or time.perf_counter() - saved_at > SAVE_SECONDS:
+            run.save("last.pt", {
+                "args": config, "files": files, "step": step, "best_val": best_val,
+                "rows": run.rows, "losses": losses.state_dict(), "fixed_z": fixed_z,
+                "seconds": seconds_before + time.perf_counter() - started,
+                "random_state": random_state(),
+                **{name: part.state_dict() for name, part in saved_parts.items()}})
+            saved_at = time.perf_counter()
+        if stopping and step < total_steps:
+            launcher = "python" if world == 1 else f"torchrun --nproc-per-node {world}"
+            raise SystemExit(f"stopped after step {step} of {total_steps}; to go on: {launcher} "
+                             f"sgan_catsdogs.py --resume {shlex.quote(str(run.dir))}")
+
+    if rank > 0:
+        return
 
     # ============ the end: test images are read here only, for two sets of weights ============
-    run.save("final.pt", {"classifier": classifier_ema.state_dict(), "class_names": class_names,
-                          "image_size": args.image_size, "weights": "ema", "epoch": args.epochs,
+    run.save("final.pt", {"classifier": classifier_ema.state_dict(), **for_predict,
+                          "weights": "ema", "epoch": args.epochs,
                           "generator": generator.state_dict()})
-    best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
+    best = load_checkpoint(run.dir / "best.pt", "--out-dir")
     classifier.load_state_dict(best["classifier"])
     with autocast:
         test = evaluate(classifier_ema, held_out(test_files, test_labels), num_classes)
@@ -420,9 +495,63 @@ def main():
     plot_predictions(x_shown, y_shown, predicted[shown], class_names, run.dir / "predictions.png",
                      "test errors, and correct ones")
     run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
-               split_seed=split_seed, steps=step, seconds=round(seconds, 1),
-               val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
-               test_accuracy_best_val=test_best["accuracy"])
+               split_seed=split_seed, steps=total_steps, seconds=run.rows[-1]["seconds"],
+               val_accuracy=run.rows[-1]["val_accuracy_ema"], test_accuracy=test["accuracy"],
+               test_accuracy_best_val=test_best["accuracy"], left_out=len(unusable),
+               leaks=len(leaks))
+    (run.dir / "last.pt").unlink()  # there is nothing left to resume
+
+
+# ======================================= labels for new photos ====================================
+
+
+def predict(args):
+    """Label all images of a folder with a trained classifier, the least certain first.
+
+    Writes predictions.csv (file, class, its probability and, of a GAN's classifier, D(x): whether
+    the photo looks like the unlabeled ones) and a sheet of the least and the most certain images of
+    each class.
+    """
+    device = pick_device(args.device)
+    model = load_checkpoint(args.checkpoint, "--checkpoint",
+                            ["class_names", "image_size", "real_logit", "gan_weight"])
+    class_names, image_size = model["class_names"], model["image_size"]
+    classifier = Classifier(len(class_names), image_size, model["real_logit"]).to(device).eval()
+    classifier.load_state_dict(model["classifier"])
+    files, unusable = check_images(args.predict, "--predict")
+    run = Run(args.out_dir, "predict", vars(args))
+    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
+
+    def load(files):
+        return dali_loader(files, None, args.batch_size, image_size, device)
+
+    probabilities, real = [], []
+    with torch.no_grad(), bf16_autocast(device):
+        for x, _ in tqdm(load(files), "batches", -(-len(files) // args.batch_size), disable=None):
+            logits, _, r = classifier(x)
+            probabilities.append(logits.float().softmax(dim=1).cpu())  # (N, K)
+            real.append(r.sigmoid().cpu())  # (N,) D(x)
+    sureness, predicted = torch.cat(probabilities).max(dim=1)
+    real, order = torch.cat(real), sureness.argsort()
+    rows = [{"file": files[i], "class": class_names[predicted[i]],
+             "probability": f"{sureness[i]:.4f}", "looks_like_training": f"{real[i]:.4f}"}
+            for i in order.tolist()]
+    if not model["gan_weight"]:
+        for row in rows:
+            del row["looks_like_training"]  # D was not trained
+    write_csv(run.dir / "predictions.csv", rows)
+
+    few = max(1, min(10, 100 // len(class_names)))
+    shown = []
+    for k in range(len(class_names)):
+        of_class = order[predicted[order] == k].tolist()
+        shown += of_class[:few] + of_class[few:][-few:]  # the least certain, the most certain
+    images = torch.cat([x.cpu() for x, _ in load([files[i] for i in shown])])
+    plot_images(images, [f"{class_names[predicted[i]]} {sureness[i]:.1%}" for i in shown],
+                run.dir / "contact_sheet.png", "of each class the least and the most certain")
+    counts = predicted.bincount(minlength=len(class_names)).tolist()
+    print(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))
+          + f": {run.dir / 'predictions.csv'}")
 
 
 # ================================== making the four folders =======================================
@@ -433,69 +562,54 @@ ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-836
 
 def draw_record(labeled_dir):
     """The file beside the labeled folder that says how --prepare drew it."""
-    return Path(f"{labeled_dir}.json")
+    path = Path(labeled_dir)
+    return path.with_name(path.name + ".json")
+
+
+def drawn_by(labeled_dir):
+    """The --split-seed that --prepare drew a labeled folder by, None if it is another's."""
+    try:
+        return int(json.loads(draw_record(labeled_dir).read_text())["split_seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def prepare(args):
-    """Draw labeled, validation, test and unlabeled images from one folder of labeled photos.
+    """Draw the four folders from one folder of labeled photos, fetched first for --download.
 
     50 labeled images a class, 1000 for validation and 1000 for test in all, class-balanced, the
-    rest unlabeled under neutral names. Links where the file system has them, copies otherwise.
-    The labeled files are listed beside their folder, in labeled.json. Each folder appears whole.
+    rest unlabeled. The labeled files are listed beside their folder, in labeled.json.
     """
     source = Path(args.prepare or "data/PetImages")
     targets = [Path(d) for d in (args.labeled_dir, args.val_dir, args.test_dir, args.unlabeled_dir)]
     for target in targets:
         if target.exists():
-            die(f"{target} exists already: remove it first, or name other folders by the flags")
+            die(f"{target} exists already: name other folders by the flags, or remove it first if "
+                "it was made by an earlier --prepare")
     if args.download and not source.is_dir():
         try:
             torchvision.datasets.utils.download_and_extract_archive(ARCHIVE, source.parent)
-        except (OSError, RuntimeError) as error:
-            die(f"--download could not fetch {ARCHIVE} to {source.parent}: {error}")
-    images, others = list_images(source, "--prepare")
-    if others:
-        print(f"{len(others)} files that are no images are left out: {others[0]} ...")
-    by_class = {}
-    for path in images:
-        by_class.setdefault(class_of(path, source).lower(), []).append(path)
-    sizes = [50, 1000 // len(by_class), 1000 // len(by_class)]  # a class
-    rng = np.random.default_rng(args.split_seed)
-    drawn = {target: [] for target in targets}
-    for name, members in sorted(by_class.items()):
-        if len(members) <= sum(sizes):
-            die(f"class {name} in {source} has {len(members)} images: more than {sum(sizes)} are "
-                "needed to draw labeled, validation and test images and leave some unlabeled")
-        members = [members[i] for i in rng.permutation(len(members))]
-        for target, chosen in zip(targets, np.split(np.array(members), np.cumsum(sizes))):
-            drawn[target] += [(name, path) for path in chosen]
-
-    labeled, unlabeled = targets[0], targets[-1]
-    rng.shuffle(drawn[unlabeled])
-    for target in targets:
-        tmp = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        for n, (name, path) in enumerate(drawn[target]):
-            copy = tmp / f"{n:05d}{path.suffix}" if target == unlabeled else tmp / name / path.name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                copy.symlink_to(path.resolve())
-            except OSError:
-                shutil.copyfile(path, copy)
-        tmp.rename(target)
-    files = sorted(str(path.relative_to(source)) for _, path in drawn[labeled])
-    with atomic(draw_record(labeled)) as tmp:
+        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+            die(f"--download could not fetch and unpack {ARCHIVE} in {source.parent} ({error}): "
+                "remove what is there of it, and try again")
+    images, unusable = check_images(source, "--prepare")
+    if unusable:
+        print(f"{len(unusable)} files cannot be used and are left out" + listing(unusable))
+    classes = [class_of(path, source).lower() for path in images]
+    held_out = 1000 // len(set(classes))
+    labeled = draw_folders(images, classes, targets, [50, held_out, held_out], args.split_seed)
+    with atomic(draw_record(args.labeled_dir)) as tmp:
+        files = sorted(str(path.relative_to(source)) for path in labeled)
         tmp.write_text(json.dumps({"split_seed": args.split_seed, "source": str(source),
                                    "files": files}, indent=1) + "\n")
-    print("\n".join(f"{target}: {len(drawn[target])} images" for target in targets))
 
 
-def draw_demo(args):
+def draw_demo():
     """Draw the cartoon pets of --demo, once."""
     from tests.cartoons import draw_dataset
-    if not Path(args.labeled_dir).exists():
+    if not Path("data/demo").exists():
         print("drawing 2,000 cartoon cats and dogs ...")
-        draw_dataset(Path(args.labeled_dir).parent)
+        draw_dataset(Path("data/demo"))
 
 
 if __name__ == "__main__":

@@ -70,20 +70,16 @@ def articles(device):
     return BATCH * STEPS / (time.perf_counter() - started)
 
 
-def ceiling(script, image_shape, batch, num_labeled, device):
-    """Unlabeled images a second if only products took time, GFLOP of a step, and GFLOP/s."""
-    flops = {}
-    for network, x in ((script.Classifier("logsumexp"), torch.rand(1, *image_shape)),
-                       (script.Generator(), torch.rand(1, script.LATENT_DIM))):
-        with FlopCounterMode(display=False) as counter:
-            network.eval()(x)
-        flops[type(network).__name__] = counter.get_total_flops()  # forward, an image
-    lab, fakes = min(num_labeled, script.LABELED_BATCH), script.FAKE_BATCH
-    # forward and both gradients are 3 forward passes; the generator's update needs none of the
-    # classifier's weight gradients, 2; the teacher's pass is 1
-    step = (flops["Classifier"] * (3 * (lab + fakes + batch) + batch + 2 * fakes)
-            + flops["Generator"] * 3 * fakes)
-    with bf16_autocast(device):  # the type that the products of the script are in
+def pass_flops(network, x):
+    """Floating-point operations of one forward pass."""
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(x)
+    return counter.get_total_flops()
+
+
+def matrix_rate(device):
+    """Operations a second of this machine in a large product, in the type the scripts use."""
+    with bf16_autocast(device):
         product = torch.rand(1, 1, device=device) @ torch.rand(1, 1, device=device)
     a, b = torch.rand(2, 2048, 2048, device=device).to(product.dtype)
     times = []
@@ -93,7 +89,18 @@ def ceiling(script, image_shape, batch, num_labeled, device):
             product = a @ b
         product[0, 0].item()  # waits for the device
         times.append((time.perf_counter() - started) / 10)
-    rate = 2 * 2048**3 / min(times)
+    return 2 * 2048**3 / min(times)
+
+
+def ceiling(script, image_shape, batch, num_labeled, device):
+    """Unlabeled images a second if only products took time, GFLOP of a step, and GFLOP/s."""
+    classifier = pass_flops(script.Classifier("logsumexp"), torch.rand(1, *image_shape))
+    generator = pass_flops(script.Generator(), torch.rand(1, script.LATENT_DIM))
+    lab, fakes = min(num_labeled, script.LABELED_BATCH), script.FAKE_BATCH
+    # forward and both gradients are 3 forward passes; the generator's update needs none of the
+    # classifier's weight gradients, 2; the teacher's pass is 1
+    step = classifier * (3 * (lab + fakes + batch) + batch + 2 * fakes) + generator * 3 * fakes
+    rate = matrix_rate(device)
     return batch * rate / step, step / 1e9, rate / 1e9
 
 

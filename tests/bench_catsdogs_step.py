@@ -1,0 +1,157 @@
+"""Images a second of a training step of sgan_catsdogs.py, and of the article's way of doing it.
+
+    python tests/bench_catsdogs_step.py --image-size 64 --batch-size 64
+    python tests/bench_catsdogs_step.py --image-size 224 --batch-size 16
+
+Both train the same two networks on the same JPEG files with batches of the same sizes, in turn, in
+one process; the first round of each warms up. The article's way: photos decoded by a torchvision
+DataLoader, float32 in the default memory layout, plain Adam, no augmentation, no EMA, a backward
+pass for each of the three losses, fresh fakes for the generator, each loss read back at every step.
+The loaders alone, doing the same work, are compared first.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torchvision import datasets, transforms
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import sgan_catsdogs  # noqa: E402
+from common import dali_loader, pick_device  # noqa: E402
+from tests.bench_mnist_step import matrix_rate, pass_flops  # noqa: E402
+
+PASSES = 5  # over the photos, of the loaders alone
+PHOTO_SIDE = 400  # pixels; those of the original archive have about as many
+
+
+def write_photos(folder, count):
+    """Smooth noise with grain, 30 to 40 KB a file like the archive's; half of them a class."""
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        coarse = Image.fromarray(rng.integers(256, size=(12, 12, 3), dtype=np.uint8))
+        smooth = np.asarray(coarse.resize((PHOTO_SIDE, PHOTO_SIDE), Image.BICUBIC), np.int16)
+        grain = rng.integers(-12, 13, size=(PHOTO_SIDE, PHOTO_SIDE, 1))
+        path = folder / ("cat", "dog")[i % 2] / f"{i:04d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.clip(smooth + grain, 0, 255).astype(np.uint8)).save(path, quality=85)
+
+
+def image_folder(folder, args, batch_size, passes=1):
+    """The photos of a folder by torchvision's loader, as many processes as there are cores."""
+    resized = transforms.Compose([transforms.Resize((args.image_size, args.image_size)),
+                                  transforms.ToTensor()])
+    photos = torch.utils.data.ConcatDataset([datasets.ImageFolder(folder, resized)] * passes)
+    return torch.utils.data.DataLoader(photos, batch_size, shuffle=True, drop_last=True,
+                                       num_workers=os.cpu_count())
+
+
+def loading_speed(batches):
+    """Images a second, the start of processes or threads included."""
+    started, count = time.perf_counter(), 0
+    for x, _ in batches:
+        count += len(x)
+    x.flatten()[0].item()  # waits for the device
+    return count / (time.perf_counter() - started)
+
+
+def ours(root, args):
+    """Unlabeled images a second in an epoch of the script itself."""
+    with tempfile.TemporaryDirectory() as out_dir:
+        sys.argv = ["sgan_catsdogs.py", "--epochs", "1", "--out-dir", out_dir, "--image-size",
+                    str(args.image_size), "--batch-size", str(args.batch_size)]
+        for flag, part in (("labeled", "labeled"), ("unlabeled", "train"), ("val", "labeled"),
+                           ("test", "labeled")):
+            sys.argv += [f"--{flag}-dir", str(root / part)]
+        sgan_catsdogs.main()
+        [path] = Path(out_dir).glob("*/metrics.csv")
+        with open(path, newline="") as f:
+            return float(list(csv.DictReader(f))[-1]["images_per_s"])
+
+
+def articles(root, args, device):
+    """The same of one pass over the photos in the article's way."""
+    classifier = sgan_catsdogs.Classifier(2, args.image_size, "logsumexp").to(device)
+    generator = sgan_catsdogs.Generator(args.image_size).to(device)
+    opt_d = torch.optim.Adam(classifier.parameters(), 2e-4, betas=(0.5, 0.999))
+    opt_g = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    x_lab, y_lab = next(iter(image_folder(root / "labeled", args, sgan_catsdogs.LABELED_BATCH)))
+    batches = iter(image_folder(root / "train", args, args.batch_size))
+    batches = chain([next(batches)], batches)  # its processes are started by now, as DALI's threads
+    started, count = time.perf_counter(), 0
+    for x_unl, _ in batches:
+        x_unl = x_unl.to(device)
+        opt_d.zero_grad()
+        z = torch.randn(2, len(x_unl), sgan_catsdogs.LATENT_DIM, device=device)
+        for loss in (lambda: F.cross_entropy(classifier(x_lab.to(device))[0], y_lab.to(device)),
+                     lambda: F.softplus(-classifier(x_unl)[2]).mean(),
+                     lambda: F.softplus(classifier(generator(z[0]).detach())[2]).mean()):
+            value = loss()
+            value.backward()
+            value.item()
+        opt_d.step()
+        opt_g.zero_grad()
+        value = F.softplus(-classifier(generator(z[1]))[2]).mean()
+        value.backward()
+        value.item()
+        opt_g.step()
+        count += len(x_unl)
+    return count / (time.perf_counter() - started)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--image-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=10, help="in each round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    device = pick_device("auto")
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_photos(root / "train", args.steps * args.batch_size)
+        write_photos(root / "labeled", sgan_catsdogs.LABELED_BATCH)
+        files = sorted((root / "train").rglob("*.jpg"))
+        speeds = {"DALI": [], "DataLoader": [], "ours": [], "the article's way": []}
+        for _ in range(args.rounds + 1):
+            speeds["DALI"].append(loading_speed(dali_loader(
+                files * PASSES, None, args.batch_size, args.image_size, device,
+                shuffle_seed=[0, 1], drop_last=True)))
+            speeds["DataLoader"].append(loading_speed((x.to(device), y) for x, y in image_folder(
+                root / "train", args, args.batch_size, PASSES)))
+            speeds["ours"].append(ours(root, args))
+            speeds["the article's way"].append(articles(root, args, device))
+
+    print(f"\nimages a second, median of {args.rounds} rounds of {args.steps} steps of "
+          f"{args.batch_size} photos, {args.image_size} px, {torch.get_num_threads()} threads, "
+          f"{device}:")
+    for mine, theirs in (("DALI", "DataLoader"), ("ours", "the article's way")):
+        ratios = [a / b for a, b in zip(speeds[mine][1:], speeds[theirs][1:])]
+        print(f"{mine} {statistics.median(speeds[mine][1:]):.1f}, {theirs} "
+              f"{statistics.median(speeds[theirs][1:]):.1f}: {statistics.median(ratios):.2f}x "
+              f"({min(ratios):.2f} to {max(ratios):.2f})")
+    d = pass_flops(sgan_catsdogs.Classifier(2, args.image_size, "logsumexp"),
+                   torch.rand(1, 3, args.image_size, args.image_size))
+    g = pass_flops(sgan_catsdogs.Generator(args.image_size), torch.rand(1, 100))
+    # forward and both gradients are 3 forward passes: of labeled, unlabeled and fake images; the
+    # generator's update needs none of the classifier's weight gradients, 2
+    step = (d * (3 * sgan_catsdogs.LABELED_BATCH + 8 * args.batch_size) + g * 3 * args.batch_size)
+    rate = matrix_rate(device)
+    print(f"ceiling {args.batch_size * rate / step:.1f} ({step / 1e9:.0f} GFLOP a step at "
+          f"{rate / 1e9:.0f} GFLOP/s): ours reaches "
+          f"{statistics.median(speeds['ours'][1:]) * step / rate / args.batch_size:.0%} of it")
+
+
+if __name__ == "__main__":
+    main()
