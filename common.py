@@ -552,12 +552,13 @@ class Run:
             self.dir = Path(resume)
             for left in self.dir.glob(".*.tmp"):  # half-written when the run was killed
                 left.unlink()
+            (self.dir / "samples").mkdir(exist_ok=True)  # an empty folder is soon lost in a copy
             return
         stamp = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in range(100):  # two runs may begin in the same second
             self.dir = Path(out_dir) / (f"{stamp}-{attempt}" if attempt else stamp)
             try:
-                self.dir.mkdir(parents=True)
+                (self.dir / "samples").mkdir(parents=True)
                 break
             except FileExistsError:
                 continue
@@ -666,7 +667,6 @@ def save_samples(generator: nn.Module, fixed_z: Tensor, path):
     generator.eval()
     images = generator(fixed_z).float().cpu()  # (N, C, H, W)
     generator.train(was_training)
-    Path(path).parent.mkdir(exist_ok=True)
     with atomic(path) as tmp:
         save_image(images, tmp, format="png", nrow=round(len(images) ** 0.5))
 
