@@ -441,8 +441,9 @@ def draw_folders(images, classes, targets, sizes, seed: int):
     for name in sorted(set(classes)):
         members = [path for path, of in zip(images, classes) if of == name]
         if len(members) <= sum(sizes):
-            die(f"class {name} has {len(members)} images: more than {sum(sizes)} are needed to "
-                "draw labeled, validation and test images and leave some unlabeled")
+            die(f"class {name} has {len(members)} images in {os.path.commonpath(images)}: more "
+                f"than {sum(sizes)} are needed to draw labeled, validation and test images and "
+                "leave some unlabeled")
         members = np.array([members[i] for i in rng.permutation(len(members))])
         for target, chosen in zip(targets, np.split(members, np.cumsum(sizes))):
             drawn[target] += [(name, path) for path in chosen]

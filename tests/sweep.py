@@ -61,7 +61,7 @@ def draw_curves(folders, path):
                       color=f"C{n}", alpha=0.6, label=None if k else Path(folder).name)
     axes.set(xlabel="seconds of training and validation", ylabel="error on validation images, %",
              yscale="log")
-    axes.set_yticks([1, 2, 5, 10, 20], ["1", "2", "5", "10", "20"])
+    axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=100)

@@ -1087,7 +1087,7 @@ def test_files_that_are_no_images_are_left_out_of_the_unlabeled(pets, tmp_path, 
     call_main("sgan_catsdogs", *PETS, *pet_folders(pets), "--unlabeled-dir", train, "--dry-run",
               "--out-dir", tmp_path / "runs")
     output = capsys.readouterr().out
-    assert "47 unlabeled" in output and "2 files" in output and "00003.jpg" in output
+    assert "47 unlabeled" in output and "2 files" in output and "left_out.csv" in output
 
 
 RAW = "MNIST/raw/train-images-idx3-ubyte"
