@@ -63,7 +63,7 @@ def draw_curves(folders, path):
              yscale="log")
     axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(fontsize="small", loc="center right")
     figure.savefig(path, dpi=100)
 
 
