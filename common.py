@@ -188,11 +188,7 @@ def stop_signal() -> threading.Event:
 
 def in_any_process(flag: bool) -> bool:
     """Whether the flag is set in any process; all of them get the same answer, without the GPU."""
-    if not dist.is_initialized():
-        return flag
-    flags = torch.tensor(int(flag))
-    dist.all_reduce(flags)
-    return flags.item() > 0
+    return mean_over_processes(torch.tensor(float(flag))).item() > 0
 
 
 def same_everywhere(values) -> bool:

@@ -533,12 +533,12 @@ def predict(args):
             real.append(r.sigmoid().cpu())  # (N,) D(x)
     sureness, predicted = torch.cat(probabilities).max(dim=1)
     real, order = torch.cat(real), sureness.argsort()
-    rows = [{"file": files[i], "class": class_names[predicted[i]],
-             "probability": f"{sureness[i]:.4f}", "looks_like_training": f"{real[i]:.4f}"}
-            for i in order.tolist()]
-    if not model["gan_weight"]:
-        for row in rows:
-            del row["looks_like_training"]  # D was not trained
+    rows = []
+    for i in order.tolist():
+        rows.append({"file": files[i], "class": class_names[predicted[i]],
+                     "probability": f"{sureness[i]:.4f}"})
+        if model["gan_weight"]:  # otherwise D was not trained
+            rows[-1]["looks_like_training"] = f"{real[i]:.4f}"
     write_csv(run.dir / "predictions.csv", rows)
 
     few = max(1, min(10, 100 // len(class_names)))

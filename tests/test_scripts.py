@@ -1088,6 +1088,8 @@ def test_files_that_are_no_images_are_left_out_of_the_unlabeled(pets, tmp_path, 
               "--out-dir", tmp_path / "runs")
     output = capsys.readouterr().out
     assert "47 unlabeled" in output and "2 files" in output and "left_out.csv" in output
+    [listed] = (tmp_path / "runs").glob("*/left_out.csv")
+    assert "00003.jpg" in listed.read_text() and "notes.txt" in listed.read_text()
 
 
 RAW = "MNIST/raw/train-images-idx3-ubyte"
