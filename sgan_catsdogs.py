@@ -20,8 +20,10 @@ What differs from the article that this follows, and what it scores: README.md.
 
 import argparse
 import json
+import os
 import shlex
 import sys
+import tempfile
 import time
 import zipfile
 from copy import deepcopy
@@ -588,7 +590,11 @@ def prepare(args):
                 "it was made by an earlier --prepare")
     if args.download and not source.is_dir():
         try:
-            torchvision.datasets.utils.download_and_extract_archive(ARCHIVE, source.parent)
+            source.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=source.parent) as unpacked:  # whole, or not at all
+                torchvision.datasets.utils.download_and_extract_archive(ARCHIVE, source.parent,
+                                                                        unpacked)
+                os.replace(Path(unpacked, "PetImages"), source)
         except (OSError, RuntimeError, zipfile.BadZipFile) as error:
             die(f"--download could not fetch and unpack {ARCHIVE} in {source.parent} ({error}): "
                 "remove what is there of it, and try again")

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -1255,6 +1256,31 @@ def test_prepared_folders_train_and_give_their_seed_to_the_result(archives, tmp_
     assert result["split_seed"] == 3 and result["num_labeled"] == 100
     [folder] = (tmp_path / "runs").iterdir()
     assert "split3" in folder.name.split("__")
+
+
+def test_an_unpacking_that_was_interrupted_is_begun_again(pets, tmp_path, monkeypatch, capsys):
+    """The archive lies there already, so that nothing is fetched; it is too small to draw from."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    photos = sorted((pets / "test").rglob("*.jpg"))
+    with zipfile.ZipFile("data/kagglecatsanddogs_5340.zip", "w") as archive:
+        for path in photos:
+            archive.write(path, Path("PetImages") / path.relative_to(pets / "test"))
+    taken = []
+
+    def half(archive, folder):
+        taken.extend(archive.extract(name, folder) for name in archive.namelist()[::2])
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(zipfile.ZipFile, "extractall", half)
+        call_main("sgan_catsdogs", "--download")
+    assert taken and os.listdir("data") == ["kagglecatsanddogs_5340.zip"]
+    with pytest.raises(SystemExit) as refusal:
+        call_main("sgan_catsdogs", "--download")
+    assert refusal.value.code == 2 and "class cat" in capsys.readouterr().err
+    unpacked = sorted(Path("data/PetImages").rglob("*.jpg"))
+    assert [path.read_bytes() for path in unpacked] == [path.read_bytes() for path in photos]
 
 
 @pytest.mark.parametrize("part", ["labeled", "val", "test", "train"])
