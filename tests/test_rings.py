@@ -1,7 +1,6 @@
 """toy_rings.py: a whole small run, the density, and that the complement generator helps."""
 
 import argparse
-import csv
 import json
 
 import pytest
@@ -10,27 +9,25 @@ from PIL import Image, ImageSequence
 
 import common
 import toy_rings
-from tests.test_scripts import call_main, run_script
+from tests.test_scripts import Runs, call_main
 
 METHODS = ["supervised", "fool", "feature-matching", "complement"]
 
 
 @pytest.fixture(scope="module")
 def rings_runs(tmp_path_factory):
-    """The same short run twice, and a baseline of another seed: RESULT and folder of each."""
-    runs = []
-    for flags in (["--seed", 3], ["--seed", 3], ["--seed", 4, "--supervised-only"]):
-        cwd = tmp_path_factory.mktemp("rings")
-        done = run_script("toy_rings", "--epochs", 1, "--device", "cpu", *flags, cwd=cwd)
-        assert done.returncode == 0, done.stderr
-        assert done.stderr == ""  # no progress bar where the output is no terminal
-        last = done.stdout.splitlines()[-1]
-        runs.append((json.loads(last.removeprefix("RESULT ")), *(cwd / "runs").iterdir()))
-    return runs
+    """The same short run twice, and a baseline of another seed."""
+    short = ["--epochs", 1, "--device", "cpu"]
+    return Runs({"first": ["toy_rings", *short, "--seed", 3],
+                 "again": ["toy_rings", *short, "--seed", 3],
+                 "other": ["toy_rings", *short, "--seed", 4, "--supervised-only"]},
+                tmp_path_factory.mktemp("rings"))
 
 
 def test_run_leaves_results_pictures_and_weights(rings_runs):
-    result, folder = rings_runs[0]
+    run = rings_runs["first"]
+    result, folder = run.results, run.folder
+    assert run.stderr == ""  # no progress bar where the output is no terminal
     assert json.loads((folder / "results.json").read_text()) == result
     assert result["script"] == "toy_rings"
     assert (result["num_labeled"], result["seed"], result["split_seed"]) == (8, 3, 0)
@@ -43,14 +40,11 @@ def test_run_leaves_results_pictures_and_weights(rings_runs):
         frames = [frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image)]
     assert len(frames) > 5
     assert frames[0] != frames[-1]
-    with open(folder / "metrics.csv", newline="") as f:
-        rows = list(csv.DictReader(f))
-    assert {row["method"] for row in rows} == set(METHODS)
-    assert {row["step"] for row in rows if row["method"] == "fool"} >= {"1", "40"}
-    weights = torch.load(folder / "final.pt", weights_only=True)
+    assert {row["method"] for row in run.rows} == set(METHODS)
+    assert {row["step"] for row in run.rows if row["method"] == "fool"} >= {"1", "40"}
     classifier = toy_rings.Classifier()
     for method in METHODS:  # the test points once more, drawn and scored here
-        classifier.load_state_dict(weights[method]["classifier"])
+        classifier.load_state_dict(run.final[method]["classifier"])
         data = torch.Generator().manual_seed(0)
         toy_rings.draw_rings(toy_rings.NUM_POINTS, data)
         x, y = toy_rings.draw_rings(toy_rings.NUM_TEST, data)
@@ -59,8 +53,7 @@ def test_run_leaves_results_pictures_and_weights(rings_runs):
 
 
 def test_seed_fixes_the_run_bit_for_bit(rings_runs):
-    first, again, other = [torch.load(folder / "final.pt", weights_only=True)
-                           for _, folder in rings_runs]
+    first, again, other = (rings_runs[key].final for key in ("first", "again", "other"))
     for method in METHODS:
         for net in ("classifier", "generator"):
             for name, value in first[method][net].items():
