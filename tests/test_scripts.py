@@ -1361,17 +1361,16 @@ def test_demo_trains_on_its_drawings_and_other_flags_still_count(tmp_path, monke
 
 
 def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path):
-    sweep = [sys.executable, ROOT / "tests/sweep.py"]
-    done = subprocess.run([*sweep, "--seeds", "3,4", "sgan_mnist.py", "--data-dir", mnist,
-                           *map(str, MNIST), "--dry-run"], cwd=tmp_path, capture_output=True,
-                          text=True, timeout=300)
+    done = subprocess.run([sys.executable, ROOT / "tests/sweep.py", "--seeds", "3,4",
+                           "sgan_mnist.py", "--data-dir", mnist, *map(str, MNIST), "--dry-run"],
+                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/results.json")]
     assert {(result["seed"], result["split_seed"]) for result in results} == {(3, 3), (4, 4)}
     a, b = (100 * result["test_accuracy"] for result in results)
     expected = f"test, %: {(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f} of 2"
     assert expected in done.stdout.splitlines()
-    subprocess.run([*sweep, "--curves", tmp_path / "curves.png", tmp_path / "runs"], check=True)
+    call_main("tests.sweep", "--curves", tmp_path / "curves.png", tmp_path / "runs")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 300
 
