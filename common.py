@@ -163,6 +163,15 @@ def mean_over_processes(x: Tensor) -> Tensor:
     return _MeanOverProcesses.apply(x) if dist.is_initialized() else x
 
 
+def from_all_processes(x: Tensor) -> Tensor:
+    """The rows of x of all processes, (N, ...) -> (processes * N, ...); x where there is one."""
+    if not dist.is_initialized():
+        return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, x)
+    return torch.cat(parts)
+
+
 def average_gradients(network: nn.Module):
     """Replace the gradient of each parameter by its mean over all processes."""
     if dist.is_initialized():
@@ -337,6 +346,16 @@ def same_bytes(held_out, training) -> dict:
 # ====================================== image files with DALI =====================================
 
 
+def _order(count, batch_size, shuffle_seed, drop_last, shard_id, num_shards, first_batch):
+    """Indices of the images that a loader gives, for the arguments of dali_loader."""
+    order = np.arange(count)
+    if shuffle_seed is not None:
+        order = np.random.default_rng(shuffle_seed).permutation(order)
+    if drop_last:
+        order = order[: count // (num_shards * batch_size) * num_shards * batch_size]
+    return order[first_batch * num_shards * batch_size:][shard_id::num_shards]
+
+
 def dali_loader(files, labels, batch_size, image_size, device, shuffle_seed=None, drop_last=False,
                 shard_id=0, num_shards=1, first_batch=0):
     """One pass over image files with NVIDIA DALI, decoded on the device that trains.
@@ -361,12 +380,8 @@ def dali_loader(files, labels, batch_size, image_size, device, shuffle_seed=None
     except ImportError:
         die("NVIDIA DALI is not installed: `pip install nvidia-dali-cuda120` (Linux only)")
 
-    order = np.arange(len(files))
-    if shuffle_seed is not None:
-        order = np.random.default_rng(shuffle_seed).permutation(order)
-    if drop_last:
-        order = order[: len(order) // (num_shards * batch_size) * num_shards * batch_size]
-    order = order[first_batch * num_shards * batch_size:][shard_id::num_shards]
+    order = _order(len(files), batch_size, shuffle_seed, drop_last, shard_id, num_shards,
+                   first_batch)
     if len(order) == 0:
         return iter(())
 
@@ -388,6 +403,29 @@ def dali_loader(files, labels, batch_size, image_size, device, shuffle_seed=None
     batches = DALIGenericIterator(pipeline(), ["x", "y"], reader_name="reader",
                                   last_batch_policy=LastBatchPolicy.PARTIAL)
     return ((batch[0]["x"], batch[0]["y"].squeeze(-1).long()) for batch in batches)
+
+
+def decode_all(files, image_size, device) -> Tensor:
+    """All images as dali_loader gives them, but as (N, 3, S, S) uint8, on `device`."""
+    images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8, device=device)
+    others = dist.is_initialized() and dist.get_rank() > 0  # only the first process shows a bar
+    progress = tqdm(total=len(files), desc="decoding", leave=False, disable=others or None)
+    for x, indices in dali_loader(files, None, 64, image_size, device):
+        images[indices] = (x * 255).round().byte()
+        progress.update(len(x))
+    progress.close()
+    return images
+
+
+def cached_loader(images, batch_size, shuffle_seed=None, drop_last=False, shard_id=0,
+                  num_shards=1, first_batch=0):
+    """As dali_loader without labels, for images (N, 3, S, S) uint8 that are decoded already."""
+    order = _order(len(images), batch_size, shuffle_seed, drop_last, shard_id, num_shards,
+                   first_batch)
+    if len(order) == 0:
+        return iter(())
+    batches = torch.from_numpy(order).to(images.device).split(batch_size)
+    return ((images[indices] / 255, indices) for indices in batches)
 
 
 # ================================ which images are labeled: the draw ==============================
@@ -429,7 +467,8 @@ def draw_folders(images, classes, targets, sizes, seed: int):
     Args: images (paths) and the class of each; the folders to make, the last one for unlabeled
     images under neutral names, the others with a subfolder for each class; how many images of each
     class go to each but the last, which gets the rest; the seed of the draw.
-    Returns: the images of the first folder. Each folder appears whole or not at all.
+    Each folder appears whole or not at all. The images of the first one are listed beside it with
+    the seed, of "labeled" in labeled.json.
     Errors: exit status 2 if a class has too few images.
     """
     rng = np.random.default_rng(seed)
@@ -459,7 +498,23 @@ def draw_folders(images, classes, targets, sizes, seed: int):
                 shutil.copyfile(path, copy)
         tmp.rename(target)
         print(f"{target}: {len(drawn[target])} images")
-    return [path for _, path in drawn[targets[0]]]
+    source = os.path.commonpath(images)
+    files = sorted(os.path.relpath(path, source) for _, path in drawn[targets[0]])
+    with atomic(_draw_record(targets[0])) as tmp:
+        tmp.write_text(json.dumps({"split_seed": seed, "source": source, "files": files},
+                                  indent=1) + "\n")
+
+
+def _draw_record(folder) -> Path:
+    return Path(folder).with_name(Path(folder).name + ".json")
+
+
+def drawn_by(folder):
+    """The seed that draw_folders drew the images of a folder by, None if another drew them."""
+    try:
+        return int(json.loads(_draw_record(folder).read_text())["split_seed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 # ========================================== evaluation ============================================
@@ -498,8 +553,12 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
 
 @contextlib.contextmanager
 def atomic(path):
-    """`with atomic(path) as tmp:` write to tmp; path then appears whole, or is left as it was."""
+    """`with atomic(path) as tmp:` write to tmp; path then appears whole, or is left as it was.
+
+    Its folder is made if it is missing.
+    """
     path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
@@ -549,13 +608,12 @@ class Run:
             self.dir = Path(resume)
             for left in self.dir.glob(".*.tmp"):  # half-written when the run was killed
                 left.unlink()
-            (self.dir / "samples").mkdir(exist_ok=True)  # an empty folder is soon lost in a copy
             return
         stamp = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
         for attempt in range(100):  # two runs may begin in the same second
             self.dir = Path(out_dir) / (f"{stamp}-{attempt}" if attempt else stamp)
             try:
-                (self.dir / "samples").mkdir(parents=True)
+                self.dir.mkdir(parents=True)
                 break
             except FileExistsError:
                 continue

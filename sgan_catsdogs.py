@@ -1,10 +1,9 @@
 """Semi-supervised GAN on a folder of photos: cats and dogs from 100 labels.
 
-A ResNet18 is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits
-are also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x), which tells photos from the
-images of a DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). It can also
-learn from the labels that its own moving average (EMA) is sure of; that helps on the drawn pets,
-and not yet on photos.
+A ResNet is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits are
+also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x), which tells photos from the images
+of a DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). It also learns the labels
+that its own moving average (EMA) gives to the photos it is surest of, as many of each class.
 
     python sgan_catsdogs.py --demo                          # drawn pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
@@ -19,7 +18,6 @@ What differs from the article that this follows, and what it scores: README.md.
 """
 
 import argparse
-import json
 import os
 import shlex
 import sys
@@ -35,21 +33,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from torch import nn
+from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
-from common import (Run, StepMeans, atomic, average_gradients, bf16_autocast, check_images,
-                    check_labeled, class_of, dali_loader, die, draw_folders, errors_and_others,
-                    evaluate, fake_loss, float32_at_least, fool_loss, in_any_process, labeled_loss,
-                    listing, load_checkpoint, mean_over_processes, not_negative, pick_device,
-                    plot_confusion, plot_curves, plot_images, plot_predictions, positive,
-                    random_state, real_logit, same_bytes, same_everywhere, save_samples,
-                    seed_everything, set_random_state, start_processes, stop_signal, unlabeled_loss,
-                    write_csv)
+from common import (Run, StepMeans, average_gradients, bf16_autocast, cached_loader, check_images,
+                    check_labeled, class_of, dali_loader, decode_all, die, draw_folders, drawn_by,
+                    errors_and_others, evaluate, fake_loss, float32_at_least, fool_loss,
+                    from_all_processes, in_any_process, labeled_loss, listing, load_checkpoint,
+                    mean_over_processes, not_negative, pick_device, plot_confusion, plot_curves,
+                    plot_images, plot_predictions, positive, random_state, real_logit, same_bytes,
+                    same_everywhere, save_samples, seed_everything, set_random_state,
+                    start_processes, stop_signal, unlabeled_loss, write_csv)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.95  # above which probability the EMA classifier's own labels are trained on
-EMA_DECAY = 0.999
+UNLABELED_PER_FAKE = 2
+TEACHER_START = 0.2  # share of a run before labels by the EMA classifier are trained on
+TEACHER_SHARE = 0.5  # of the unlabeled images, those that it labels at the end of a run
+EMA_DECAY = 0.996
+CACHE_BYTES = 2 << 30  # decoded photos that take less are kept, by each process, on its device
 SAVE_SECONDS = 600  # between two checkpoints within an epoch; one is written after each anyway
 
 
@@ -76,20 +78,22 @@ def parse_args():
                        help="the baseline: the same classifier, labeled images alone")
     train.add_argument("--epochs", type=int, default=40,
                        help="passes over the unlabeled images; of 100 steps if --supervised-only")
-    train.add_argument("--batch-size", type=int, default=64, help="unlabeled, and fake, images")
-    train.add_argument("--lr", type=float, default=2e-4, help="Adam, classifier")
+    train.add_argument("--batch-size", type=int, default=64, help="unlabeled images a step")
+    train.add_argument("--lr", type=float, default=1e-3,
+                       help="Adam, classifier; falls to 0 in the second half of a run")
     train.add_argument("--lr-generator", type=float, default=1e-3, help="Adam, generator")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
                        help="what tells real from fake, see Classifier")
     train.add_argument("--gan-weight", type=float, default=1.0,
-                       help="of the unlabeled and fake terms; 0: the generator is of no effect")
-    train.add_argument("--consistency-weight", type=float, default=0.0,
-                       help="of agreeing with the EMA classifier on unlabeled images; --demo: 1")
+                       help="of the unlabeled and fake terms; 0: nothing is learned from fakes")
+    train.add_argument("--consistency-weight", type=float, default=3.0,
+                       help="of agreeing with the EMA classifier on unlabeled images")
     source = parser.add_argument_group("making the four folders (does not train)")
     source.add_argument("--prepare", metavar="SOURCE",
                         help="draw the four folders from Kaggle's train/ or Microsoft's PetImages/")
     source.add_argument("--download", action="store_true",
                         help="fetch Microsoft's archive (0.8 GB) to data/ and prepare that")
+    source.add_argument("--labels-per-class", type=int, default=50, help="labeled images to draw")
     source.add_argument("--split-seed", type=int, default=0, help="which images are labeled")
     source.add_argument("--demo", action="store_true",
                         help="draw 2,000 small cartoon pets and train on them for a few minutes")
@@ -97,7 +101,7 @@ def parse_args():
     if args.demo:  # the main job on other data: these become the defaults, flags still count
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
-                            image_size=32, epochs=11, consistency_weight=1.0)
+                            image_size=32, epochs=16, batch_size=32)
         args = parser.parse_args()
     checkpoint = None
     if args.resume:  # the run's own flags become the defaults; others given must agree with them
@@ -113,7 +117,8 @@ def parse_args():
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
-             lr=args.lr, lr_generator=args.lr_generator)
+             lr=args.lr, lr_generator=args.lr_generator,
+             labels_per_class=args.labels_per_class)
     if args.image_size % 32:
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.batch_size < 2:
@@ -176,8 +181,10 @@ class Generator(nn.Module):
 
 
 class Classifier(nn.Module):
-    """ResNet18: images (N, 3, S, S) in [0, 1] -> logits (N, K), features (N, 512), real logit (N,).
+    """Images (N, 3, S, S) in [0, 1] -> logits (N, K), features (N, 512), real logit (N,).
 
+    A ResNet18 (He et al. 2015, arXiv:1512.03385), for images below 128 px a ResNet10: one block
+    in place of two at each size learns as well from so few labels, and in half the time.
     D(x) = sigmoid(r) of the real logit r. "logsumexp": r = log Z, as if "fake" were one more logit,
     fixed at 0 (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016,
     arXiv:1606.01583; the labeled loss stays one of K classes).
@@ -185,9 +192,10 @@ class Classifier(nn.Module):
 
     def __init__(self, num_classes, image_size, real_logit_form):
         super().__init__()
-        self.resnet = torchvision.models.resnet18(weights=None, norm_layer=BatchNorm)
+        blocks = 2 if image_size >= 128 else 1
+        self.resnet = ResNet(BasicBlock, [blocks] * 4, norm_layer=BatchNorm)
         self.resnet.fc = nn.Identity()
-        if image_size < 128:  # keep detail: 64 px would shrink to 2x2 before the average
+        if image_size < 64:  # keep detail: 32 px would shrink to 1x1 before the average
             self.resnet.maxpool = nn.Identity()
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(512, num_classes)
@@ -214,25 +222,40 @@ def update_batch_norm_statistics(classifier, on):
 
 
 def augment(x, rank=0, world=1):
-    """Random flip, crop, shift, brightness and contrast of each image; (N, 3, S, S) -> the same.
+    """Random crop, flip, colours and an erased square for each image; (N, 3, S, S) -> the same.
 
-    Differentiable, so that fakes are changed as photos are and the generator learns through it
-    (DiffAugment, Zhao et al. 2020, arXiv:2006.10738). x is what this process, of that rank in
-    `world` processes, has of a batch.
+    Values may leave [0, 1]. Differentiable, so that fakes are changed as photos are and the
+    generator learns through it (DiffAugment, Zhao et al. 2020, arXiv:2006.10738). x is what this
+    process, of that rank in `world` processes, has of a batch.
     """
-    n = len(x)
-    flip = torch.randint(0, 2, (n * world,), device=x.device)[rank::world] * 2 - 1
-    noise = torch.rand(5, n * world, device=x.device)[:, rank::world] * 2 - 1
-    zoom, shift_x, shift_y, brightness, contrast = noise  # (N,) each, in [-1, 1)
-    zoom = 0.9 + 0.15 * zoom  # a window of 75% to 105% of the side
+    n, side = len(x), x.shape[-1]
+    noise = torch.rand(15, n * world, device=x.device)[:, rank::world]  # (15, n) in [0, 1)
+    area, center_x, center_y, erase_x, erase_y, erase_half, no_color = noise[:7]
+    flip, aspect, contrast, brightness, saturation, *tint = noise[7:] * 2 - 1  # in [-1, 1)
+
+    area, aspect = 0.3 + 0.7 * area, torch.exp(0.25 * aspect)  # a window of 30% to 100% of it
+    width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     theta = torch.zeros(n, 2, 3, device=x.device)
-    theta[:, 0, 0], theta[:, 1, 1] = zoom * flip, zoom
-    theta[:, 0, 2], theta[:, 1, 2] = 0.125 * shift_x, 0.125 * shift_y
-    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (N, S, S, 2)
-    x = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
+    theta[:, 0, 0], theta[:, 1, 1] = width * torch.where(flip < 0, -1.0, 1.0), height
+    theta[:, 0, 2] = (1 - width) * (2 * center_x - 1)  # the window stays within the image
+    theta[:, 1, 2] = (1 - height) * (2 * center_y - 1)
+    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (n, S, S, 2)
+    x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+    def each(values):  # (n,) -> (n, 1, 1, 1)
+        return values.view(n, 1, 1, 1)
+
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = (x - mean) * (1 + 0.3 * contrast.view(n, 1, 1, 1)) + mean
-    return x + 0.2 * brightness.view(n, 1, 1, 1)
+    x = (x - mean) * each(1 + 0.4 * contrast) + mean + each(0.15 * brightness)
+    grey = x.mean(dim=1, keepdim=True)  # (n, 1, S, S)
+    x = grey + (x - grey) * each(torch.where(no_color < 0.15, 0.0, 1 + 0.8 * saturation))
+    x = x * (1 + 0.1 * torch.stack(tint, dim=1)[:, :, None, None])
+    at = torch.arange(side, device=x.device) / side  # (S,)
+    half = 0.06 + 0.19 * erase_half[:, None]
+    rows = (at - erase_y[:, None]).abs() < half  # (n, S)
+    columns = (at - erase_x[:, None]).abs() < half
+    erased = (rows[:, :, None] & columns[:, None, :])[:, None]  # (n, 1, S, S)
+    return torch.where(erased, x.mean(dim=(1, 2, 3), keepdim=True), x)
 
 
 # ============================================ training ============================================
@@ -254,18 +277,22 @@ def main():
     lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
     val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
     test_files, test_labels, _, bad_test = check_labeled(args.test_dir, "--test-dir", class_names)
+    num_classes, num_labeled = len(class_names), len(lab_files)
     unl_files, bad_unl = [], {}
     if not args.supervised_only:
         unl_files, bad_unl = check_images(args.unlabeled_dir, "--unlabeled-dir")
         if len(unl_files) < args.batch_size:
             die(f"--unlabeled-dir {args.unlabeled_dir} holds {len(unl_files)} images, fewer than "
                 f"one batch: add some, or set --batch-size to {len(unl_files)} or less")
-    if args.batch_size % world or len(lab_files) < world:
+    enough = round(num_classes / TEACHER_SHARE)  # one image a class, at the end of a run
+    if not args.supervised_only and args.consistency_weight and args.batch_size < enough:
+        die(f"--batch-size {args.batch_size} is too small to choose images of {num_classes} "
+            f"classes from: set it to {enough} or more, or --consistency-weight to 0")
+    if args.batch_size % world or min(LABELED_BATCH, num_labeled) < world:
         die(f"{world} processes must share --batch-size {args.batch_size} evenly, and have at "
-            "least one labeled image each")
+            f"least one labeled image each, of {min(LABELED_BATCH, num_labeled)} in a step")
     unusable = {**bad_val, **bad_test, **bad_unl}
     leaks = same_bytes(val_files + test_files, lab_files + unl_files)
-    num_classes, num_labeled = len(class_names), len(lab_files)
     method = "supervised" if args.supervised_only else "sgan"
     split_seed = drawn_by(args.labeled_dir)
     if rank == 0:
@@ -273,11 +300,6 @@ def main():
               + ", ".join(f"{lab_labels.count(k)} {name}" for k, name in enumerate(class_names))
               + f"), {len(unl_files)} unlabeled, {len(val_files)} validation, "
               f"{len(test_files)} test")
-
-    # The few labeled images stay on the device, (n, 3, S, S) uint8; all others come from DALI.
-    x_labeled = torch.cat([(x * 255).round().byte() for x, _ in dali_loader(
-        lab_files, lab_labels, args.batch_size, args.image_size, device)])
-    y_labeled = torch.tensor(lab_labels, device=device)
 
     def held_out(files, labels):  # batches for evaluation, in order, each image once
         batches = dali_loader(files, labels, args.batch_size, args.image_size, device)
@@ -299,6 +321,8 @@ def main():
         args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
     total_steps = args.epochs * steps_per_epoch
     labeled_batch = min(LABELED_BATCH, num_labeled) // world * world
+    num_fakes = max(2, args.batch_size // UNLABELED_PER_FAKE)
+    num_fakes = -(-num_fakes // world) * world  # as many in each process
     for_predict = {"class_names": class_names, "image_size": args.image_size,
                    "real_logit": args.real_logit,
                    "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
@@ -327,16 +351,32 @@ def main():
         run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
         run.warn("leaks.csv", ("held out", "training"), leaks,
                  "validation or test images are training images too")
-    stop, started, saved_at = stop_signal(), time.perf_counter(), time.perf_counter()
+    # Labeled photos, and unlabeled ones if there is room, are decoded once and stay on the device,
+    # (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come from DALI.
+    started = time.perf_counter()
+    x_labeled, x_unlabeled = decode_all(lab_files, args.image_size, device), None
+    y_labeled = torch.tensor(lab_labels, device=device)
+    room = world * len(unl_files) * 3 * args.image_size**2 <= CACHE_BYTES
+    if room and not (args.supervised_only or args.dry_run):
+        x_unlabeled = decode_all(unl_files, args.image_size, device)
+    stop, saved_at = stop_signal(), time.perf_counter()
 
     for step in tqdm(range(first_step, total_steps + 1), initial=first_step - 1, total=total_steps,
                      disable=True if rank else None):
         epoch, i = 1 + (step - 1) // steps_per_epoch, (step - 1) % steps_per_epoch
         if i == 0 or step == first_step:
-            photos = dali_loader(unl_files, None, args.batch_size // world, args.image_size, device,
-                                 shuffle_seed=[args.seed, epoch], drop_last=True, shard_id=rank,
-                                 num_shards=world, first_batch=i)
+            order = dict(shuffle_seed=[args.seed, epoch], drop_last=True, shard_id=rank,
+                         num_shards=world, first_batch=i)
+            if x_unlabeled is None:
+                photos = dali_loader(unl_files, None, args.batch_size // world, args.image_size,
+                                     device, **order)
+            else:
+                photos = cached_loader(x_unlabeled, args.batch_size // world, **order)
             epoch_started, first_i = time.perf_counter(), i
+
+        # Constant for half of the run, then linearly to 0.
+        for opt, lr in ((opt_d, args.lr), (opt_g, args.lr_generator)):
+            opt.param_groups[0]["lr"] = lr * min(1, 2 * (1 - (step - 1) / total_steps))
 
         # Every process draws the random numbers of the whole batch, and takes those of its images
         # (but for dropout, whose masks are the same in each).
@@ -356,18 +396,27 @@ def main():
 
         else:
             x_unl, _ = next(photos)  # (N, 3, S, S)
-            z = torch.randn(args.batch_size, LATENT_DIM, device=device)[rank::world]
+            z = torch.randn(num_fakes, LATENT_DIM, device=device)[rank::world]
             with autocast:
-                x_fake = generator(z)
-            x_fake = augment(x_fake.float(), rank, world)  # (N, 3, S, S), used in both updates
+                x_fake = generator(z)  # (M, 3, S, S)
+            x_fake = augment(x_fake.float(), rank, world)  # used in both updates
 
-            # ---- the EMA classifier, as teacher, labels the unlabeled photos ----
-            sure = torch.zeros(len(x_unl), dtype=torch.bool, device=device)
-            if args.consistency_weight:
+            # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
+            # FixMatch (Sohn et al. 2020, arXiv:2001.07685) takes all above a threshold; here they
+            # are as many of each class, as most of those above it may be of one class.
+            share = TEACHER_SHARE * (step / total_steps - TEACHER_START) / (1 - TEACHER_START)
+            num_picked = round(share * args.batch_size / num_classes)  # of each class
+            picked = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K), 1 if taught
+            if args.consistency_weight and num_picked > 0:
                 with torch.no_grad(), autocast:
-                    logits_teacher, _, _ = classifier_ema(augment(x_unl, rank, world))  # (N, K)
-                p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
-                sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
+                    logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
+                p_teacher = logits_teacher.float().softmax(dim=1)
+                of_all = from_all_processes(p_teacher)  # (batch_size, K)
+                surest = of_all.topk(num_picked, dim=0).indices  # (num_picked, K)
+                p_surest = torch.zeros_like(of_all).scatter(0, surest, of_all.gather(0, surest))
+                # of two classes for one photo the likelier
+                best = (p_surest > 0) & (p_surest == p_surest.amax(dim=1, keepdim=True))
+                picked = best.float().chunk(world)[rank]  # (N, K)
 
             # ---- classifier: labels right, photos real, fakes fake ----
             # Three forward passes, as batch norm would mix the three kinds of images; only
@@ -377,7 +426,7 @@ def main():
             with autocast:
                 update_batch_norm_statistics(classifier, False)
                 logits_lab, _, _ = classifier(x_lab)  # (n, K)
-                _, _, r_fake = classifier(x_fake.detach())  # (N,)
+                _, _, r_fake = classifier(x_fake.detach())  # (M,)
                 update_batch_norm_statistics(classifier, True)
                 # (N, K), (N, 512), (N,)
                 logits_unl, feat_unl, r_unl = classifier(augment(x_unl, rank, world))
@@ -385,15 +434,11 @@ def main():
             loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
             loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
             loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-            # -E [teacher is sure] log p(teacher's label | x); as FixMatch, Sohn et al. 2020
-            loss_con = torch.zeros((), device=device)
-            if args.consistency_weight:
-                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
-                            * sure).mean()
-            ramp = min(1.0, 3 * step / total_steps)  # an early teacher is wrong too often
+            # -E [x is picked] log p(teacher's label | x)
+            loss_con = (picked * -logits_unl.float().log_softmax(dim=1)).sum(dim=1).mean()
             # 0.5: as in the code of Salimans et al.
             loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                      + args.consistency_weight * ramp * loss_con)
+                      + args.consistency_weight * loss_con)
             opt_d.zero_grad()
             loss_d.backward()
             average_gradients(classifier)
@@ -402,7 +447,7 @@ def main():
             # ---- generator, through the new classifier; feat_unl is of the old one ----
             classifier.requires_grad_(False)
             with autocast:
-                _, feat_fake, r_gen = classifier(x_fake)  # (N, 512), (N,)
+                _, feat_fake, r_gen = classifier(x_fake)  # (M, 512), (M,)
             gap = mean_over_processes(feat_unl.detach().float().mean(0)
                                       - feat_fake.float().mean(0))  # (512,)
             # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
@@ -415,7 +460,7 @@ def main():
 
             losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
                               "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
-                              "loss/con": loss_con, "monitor/sure": sure.float().mean(),
+                              "loss/con": loss_con, "monitor/picked": picked.sum(dim=1).mean(),
                               "monitor/p_real_unl": r_unl.sigmoid().mean(),
                               "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
@@ -562,25 +607,11 @@ ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-836
            "kagglecatsanddogs_5340.zip")
 
 
-def draw_record(labeled_dir):
-    """The file beside the labeled folder that says how --prepare drew it."""
-    path = Path(labeled_dir)
-    return path.with_name(path.name + ".json")
-
-
-def drawn_by(labeled_dir):
-    """The --split-seed that --prepare drew a labeled folder by, None if it is another's."""
-    try:
-        return int(json.loads(draw_record(labeled_dir).read_text())["split_seed"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def prepare(args):
     """Draw the four folders from one folder of labeled photos, fetched first for --download.
 
-    50 labeled images a class, 1000 for validation and 1000 for test in all, class-balanced, the
-    rest unlabeled. The labeled files are listed beside their folder, in labeled.json.
+    --labels-per-class labeled images of each class, 1000 for validation and 1000 for test in all,
+    class-balanced, the rest unlabeled.
     """
     source = Path(args.prepare or "data/PetImages")
     targets = [Path(d) for d in (args.labeled_dir, args.val_dir, args.test_dir, args.unlabeled_dir)]
@@ -603,11 +634,8 @@ def prepare(args):
         print(f"{len(unusable)} files cannot be used and are left out" + listing(unusable))
     classes = [class_of(path, source).lower() for path in images]
     held_out = 1000 // len(set(classes))
-    labeled = draw_folders(images, classes, targets, [50, held_out, held_out], args.split_seed)
-    with atomic(draw_record(args.labeled_dir)) as tmp:
-        files = sorted(str(path.relative_to(source)) for path in labeled)
-        tmp.write_text(json.dumps({"split_seed": args.split_seed, "source": str(source),
-                                   "files": files}, indent=1) + "\n")
+    draw_folders(images, classes, targets, [args.labels_per_class, held_out, held_out],
+                 args.split_seed)
 
 
 def draw_demo():

@@ -252,7 +252,7 @@ def test_run_writes_pictures(run):
         with Image.open(run.folder / name) as image:
             assert image.format == "PNG" and image.width > 150 and image.height > 150
             assert image.convert("L").getextrema()[0] < 100  # something is drawn on the white
-    samples = sorted(path.name for path in (run.folder / "samples").iterdir())
+    samples = sorted(path.name for path in (run.folder / "samples").glob("*"))
     epochs = range(1, run.epochs + 1) if run.method == "sgan" else []
     assert samples == [f"epoch_{epoch:03d}.png" for epoch in epochs]
     for name in samples:
@@ -260,7 +260,7 @@ def test_run_writes_pictures(run):
             side = {"mnist": 10 * (28 + 2), "svhn": 10 * (32 + 2), "pets": 8 * (32 + 2)}[run.data]
             assert image.size == (side + 2, side + 2)
     files = {"args.json", "metrics.csv", "results.json", "curves.png", "confusion.png",
-             "predictions.png", "best.pt", "final.pt", "samples"}
+             "predictions.png", "best.pt", "final.pt", *(["samples"] if samples else [])}
     assert {path.name for path in run.folder.iterdir()} == files  # nothing half written
 
 
@@ -453,13 +453,25 @@ def changed(before, after):
             or (old is not None and not torch.equal(old, after[name]))}
 
 
-def watch(name, flags, out_dir):
+def surest(p, done):
+    """1 for each class's surest images, by a share that grows from 0 at 1/5 of a run to 1/2."""
+    count = round(0.5 * (done - 0.2) / 0.8 * len(p) / p.shape[1])
+    chosen = torch.zeros(p.shape, dtype=torch.long)
+    for k in range(p.shape[1]):
+        chosen[p[:, k].topk(count).indices, k] = 1  # logits of 8 bits may tie: as the script does
+    for i in (chosen.sum(dim=1) > 1).nonzero().flatten().tolist():  # the likeliest of several
+        chosen[i] = torch.nn.functional.one_hot((chosen[i] * p[i]).argmax(), p.shape[1])
+    return chosen
+
+
+def watch(name, flags, out_dir, num_steps=2):
     """A dry run, watched through torch's global hooks: its forward passes and its updates.
 
     passes: of the classifier in training mode, with the mean of its input, over all ("tone") and by
     image and channel ("colors"), its outputs, the gradient that came back to its logits, the
     batch-norm buffers that it moved, whether its input came from the generator with a gradient,
-    and which images the EMA classifier was sure of in its pass before, and its guesses ("teacher").
+    and what the EMA classifier taught in its pass before: 1 at the class of each image that it was
+    sure of, else 0 ("teacher", (N, K), None where it was not asked in that step).
     updates: the network they belong to, the names of the weights of both networks that they moved
     and of the gradients that changed since the update before, and the classifier's state after.
     """
@@ -468,6 +480,8 @@ def watch(name, flags, out_dir):
 
     def before_forward(module, inputs):
         if module.training and isinstance(module, (script.Classifier, script.Generator)):
+            if isinstance(module, script.Generator):  # a step begins
+                teacher.append(None)
             if type(module).__name__ not in networks:  # seen first in the first step, untrained
                 networks[type(module).__name__] = module
                 module.at_first = copied(module.state_dict().items())
@@ -476,10 +490,14 @@ def watch(name, flags, out_dir):
 
     def after_forward(module, inputs, outputs):
         if isinstance(module, script.Classifier) and not module.training:
-            # nobody is sure of anything in two steps: let the teacher be of half of its guesses
             p, guess = outputs[0].float().softmax(dim=1).max(dim=1)
-            script.CONFIDENCE = p.median().item()
-            teacher.append((p > script.CONFIDENCE, guess))
+            if name == "sgan_catsdogs":
+                step = 1 + sum(update.of == "Classifier" for update in updates)
+                teacher.append(surest(outputs[0].float().softmax(dim=1), step / num_steps))
+            else:  # nobody is sure of anything in two steps: let it be of half of its guesses
+                script.CONFIDENCE = p.median().item()
+                teacher.append((p > script.CONFIDENCE)[:, None]
+                               * torch.nn.functional.one_hot(guess, outputs[0].shape[1]))
         elif isinstance(module, script.Classifier):
             logits, features, *rest = outputs
             moved = changed(module.buffers_before, dict(module.named_buffers()))
@@ -576,8 +594,10 @@ def test_each_update_moves_its_own_network_by_its_own_gradient(watched):
 
 def consistency_gradient(seen):
     """N times that of E [teacher is sure] -log p(teacher's label | x) by the logits: (N, K)."""
-    p, (sure, guess) = seen.logits.double().softmax(dim=1), seen.teacher
-    return sure[:, None] * (p - torch.nn.functional.one_hot(guess, p.shape[1]))
+    p = seen.logits.double().softmax(dim=1)
+    if seen.teacher is None:
+        return torch.zeros_like(p)
+    return seen.teacher.sum(dim=1, keepdim=True) * p - seen.teacher
 
 
 def real_gradient(seen, target):
@@ -595,8 +615,6 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
         if kind(seen) == "labeled":  # p - 1[y]
             y = (p - grad).argmax(dim=1)
             expected = p - torch.nn.functional.one_hot(y, p.shape[1])
-            if watched.name == "sgan_catsdogs":
-                assert y.tolist() == (seen.colors[:, 0] < seen.colors[:, 2]).long().tolist()
         else:  # 0.5 (softplus(-r))' = -0.5 (1 - D) p, and 0.5 (softplus(r))' = 0.5 D p
             target = 0 if kind(seen) == "fake" else 1
             expected = watched.gan_weight * 0.5 * real_gradient(seen, target)
@@ -606,16 +624,46 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
         torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
 
 
-def test_consistency_of_pets_grows_over_the_first_third(tones, tmp_path):
+def test_labeled_photos_keep_their_labels(tones, tmp_path, monkeypatch):
+    monkeypatch.setattr("sgan_catsdogs.augment", lambda x, rank, world: x)  # colours tell the class
+    seen = watch("sgan_catsdogs", tones["sgan_catsdogs"], tmp_path / "runs")
+    for one in (one for one in seen.passes if kind(one) == "labeled"):
+        n, p = len(one.logits), one.logits.double().softmax(dim=1)
+        y = (p - n * one.grad.double()).argmax(dim=1)
+        assert y.tolist() == (one.colors[:, 0] < one.colors[:, 2]).long().tolist()
+
+
+def test_more_and_more_photos_of_each_class_are_learned_from(tones, tmp_path):
     flags = [flag for flag in tones["sgan_catsdogs"] if flag != "--dry-run"]
-    seen = watch("sgan_catsdogs", [*flags, "--epochs", 3], tmp_path / "runs")
+    seen = watch("sgan_catsdogs", [*flags, "--epochs", 3], tmp_path / "runs", num_steps=6)
     assert seen.results["steps"] == 6
-    for step, ramp in ((seen.passes[:4], 0.5), (seen.passes[4:8], 1.0)):
-        unlabeled = next(one for one in step if kind(one) == "unlabeled")
-        expected = (seen.gan_weight * 0.5 * real_gradient(unlabeled, 1)
-                    + ramp * seen.consistency_weight * consistency_gradient(unlabeled))
-        grad = len(expected) * unlabeled.grad.double()
+    unlabeled = [one for one in seen.passes if kind(one) == "unlabeled"]
+    assert unlabeled[0].teacher is None  # in the first fifth the labels alone teach
+    assert [one.teacher.sum(dim=0).tolist() for one in unlabeled[1:]] == [
+        [1, 1], [2, 2], [3, 3], [4, 4], [5, 5]]
+    for one in unlabeled:
+        expected = (seen.gan_weight * 0.5 * real_gradient(one, 1)
+                    + seen.consistency_weight * consistency_gradient(one))
+        grad = len(expected) * one.grad.double()
         torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
+
+
+def test_a_photo_is_taught_as_one_class_of_several_at_most(tones, tmp_path):
+    root = tmp_path / "tones"
+    shutil.copytree(Path(tones["sgan_catsdogs"][-3]).parent, root)
+    for part in ("labeled", "val", "test"):
+        for path in sorted((root / part).rglob("*.jpg"))[::2]:
+            for name in ("emu", "fox"):
+                (root / part / name).mkdir(exist_ok=True)
+                shutil.copy(path, root / part / name)
+    flags = ["--device", "cpu", "--dry-run", "--batch-size", 40, "--image-size", 32]
+    seen = watch("sgan_catsdogs", [*flags, *pet_folders(root)], tmp_path / "runs", num_steps=1)
+    for one in seen.passes:
+        if kind(one) == "unlabeled":
+            assert one.teacher.shape == (40, 4) and one.teacher.sum(dim=1).max() == 1
+            expected = (seen.gan_weight * 0.5 * real_gradient(one, 1)
+                        + seen.consistency_weight * consistency_gradient(one))
+            torch.testing.assert_close(40 * one.grad.double(), expected, rtol=0.02, atol=1e-4)
 
 
 def test_logged_losses_are_those_of_the_outputs(watched):
@@ -633,15 +681,15 @@ def test_logged_losses_are_those_of_the_outputs(watched):
         if watched.name == "sgan_catsdogs":
             values["loss/fm"] = values["loss/g"]
             values["loss/g"] = values["loss/fm"] + (1 / z_gen).log1p().mean()
-        sure, guess = unlabeled.teacher
         log_p = unlabeled.logits.double().log_softmax(dim=1)
-        values["loss/con"] = -(sure * log_p[torch.arange(len(guess)), guess]).mean()
-        values["monitor/sure"] = sure.double().mean()
+        values["loss/con"] = -(unlabeled.teacher * log_p).sum(dim=1).mean()
+        picked = "monitor/picked" if watched.name == "sgan_catsdogs" else "monitor/sure"
+        values[picked] = unlabeled.teacher.sum(dim=1).double().mean()
         for name, value in values.items():
             logged[name] = logged.get(name, 0) + value.item() / 2
     assert set(logged) | {"loss/lab"} == {
         name for name in watched.row if name.startswith(("loss/", "monitor/"))}
-    assert 0 < logged["monitor/sure"] < 1
+    assert 0 < logged[picked] < 1
     for name, value in logged.items():
         assert float(watched.row[name]) == pytest.approx(value, rel=1e-4, abs=1e-7), name
 
@@ -897,8 +945,8 @@ FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS],
          "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-label-smoothing"],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
                            "--test-dir", "--image-size", "--lr-generator", "--real-logit",
-                           "--prepare", "--download", "--demo", "--resume", "--predict",
-                           "--checkpoint"],
+                           "--prepare", "--download", "--labels-per-class", "--demo", "--resume",
+                           "--predict", "--checkpoint"],
          "toy_rings": ["--seed", "--split-seed", "--device", "--out-dir", "--dry-run",
                        "--num-labeled", "--supervised-only", "--epochs"]}
 
@@ -1000,6 +1048,8 @@ BAD_PETS_FLAGS = {
     "no val folder": (["--val-dir", "nowhere"], "--val-dir nowhere"),
     "no test folder": (["--test-dir", "nowhere"], "--test-dir nowhere"),
     "no source": (["--prepare", "nowhere"], "--prepare nowhere"),
+    "no labels": (["--labels-per-class", 0], "--labels-per-class"),
+    "batch below two a class": (["--batch-size", 3], "--batch-size 3"),
 }
 
 
@@ -1237,6 +1287,13 @@ def test_prepare_draws_balanced_disjoint_folders(layout, archives, tmp_path, cap
     assert sorted(source / name for name in record["files"]) == sorted(parts["labeled"][1])
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "labeled", "labeled.json", "test", "train", "val"]
+
+
+def test_prepare_draws_as_many_labels_as_asked(archives, tmp_path):
+    call_main("sgan_catsdogs", "--prepare", archives / "kaggle", *pet_folders(tmp_path),
+              "--labels-per-class", 3)
+    assert {path.name: len(list(path.iterdir())) for path in (tmp_path / "labeled").iterdir()} == {
+        "cat": 3, "dog": 3}
 
 
 def test_prepare_is_fixed_by_its_seed(archives, tmp_path):
