@@ -403,7 +403,8 @@ def main():
 
             # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
             # FixMatch (Sohn et al. 2020, arXiv:2001.07685) takes all above a threshold; here they
-            # are as many of each class, as most of those above it may be of one class.
+            # are as many of each class, as most of those above it may be of one class. Classes
+            # that are not about equally frequent get wrong labels by this.
             share = TEACHER_SHARE * (step / total_steps - TEACHER_START) / (1 - TEACHER_START)
             num_picked = round(share * args.batch_size / num_classes)  # of each class
             picked = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K), 1 if taught
