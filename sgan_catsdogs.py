@@ -353,9 +353,9 @@ def main():
                  "validation or test images are training images too")
     # Labeled photos, and unlabeled ones if there is room, are decoded once and stay on the device,
     # (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come from DALI.
-    started = time.perf_counter()
     x_labeled, x_unlabeled = decode_all(lab_files, args.image_size, device), None
     y_labeled = torch.tensor(lab_labels, device=device)
+    started = time.perf_counter()  # by now DALI is loaded, which takes long the first time
     room = world * len(unl_files) * 3 * args.image_size**2 <= CACHE_BYTES
     if room and not (args.supervised_only or args.dry_run):
         x_unlabeled = decode_all(unl_files, args.image_size, device)
