@@ -183,8 +183,8 @@ class Generator(nn.Module):
 class Classifier(nn.Module):
     """Images (N, 3, S, S) in [0, 1] -> logits (N, K), features (N, 512), real logit (N,).
 
-    A ResNet18 (He et al. 2015, arXiv:1512.03385), for images below 128 px a ResNet10: one block
-    in place of two at each size learns as well from so few labels, and in half the time.
+    A ResNet18 (He et al. 2015, arXiv:1512.03385), for images below 128 px a ResNet10, with one
+    block in place of two at each size: at 64 px that learned more in the same time (README).
     D(x) = sigmoid(r) of the real logit r. "logsumexp": r = log Z, as if "fake" were one more logit,
     fixed at 0 (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016,
     arXiv:1606.01583; the labeled loss stays one of K classes).
@@ -250,6 +250,7 @@ def augment(x, rank=0, world=1):
     grey = x.mean(dim=1, keepdim=True)  # (n, 1, S, S)
     x = grey + (x - grey) * each(torch.where(no_color < 0.15, 0.0, 1 + 0.8 * saturation))
     x = x * (1 + 0.1 * torch.stack(tint, dim=1)[:, :, None, None])
+    # A square of 12% to 50% of the side takes the mean of the image.
     at = torch.arange(side, device=x.device) / side  # (S,)
     half = 0.06 + 0.19 * erase_half[:, None]
     rows = (at - erase_y[:, None]).abs() < half  # (n, S)
@@ -414,8 +415,8 @@ def main():
                 p_teacher = logits_teacher.float().softmax(dim=1)
                 of_all = from_all_processes(p_teacher)  # (batch_size, K)
                 surest = of_all.topk(num_picked, dim=0).indices  # (num_picked, K)
-                p_surest = torch.zeros_like(of_all).scatter(0, surest, of_all.gather(0, surest))
-                # of two classes for one photo the likelier
+                p_surest = of_all * torch.zeros_like(of_all).scatter(0, surest, 1.0)
+                # of several classes for one photo the likeliest
                 best = (p_surest > 0) & (p_surest == p_surest.amax(dim=1, keepdim=True))
                 picked = best.float().chunk(world)[rank]  # (N, K)
 

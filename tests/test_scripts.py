@@ -490,14 +490,15 @@ def watch(name, flags, out_dir, num_steps=2):
 
     def after_forward(module, inputs, outputs):
         if isinstance(module, script.Classifier) and not module.training:
-            p, guess = outputs[0].float().softmax(dim=1).max(dim=1)
+            p_all = outputs[0].float().softmax(dim=1)
             if name == "sgan_catsdogs":
                 step = 1 + sum(update.of == "Classifier" for update in updates)
-                teacher.append(surest(outputs[0].float().softmax(dim=1), step / num_steps))
+                teacher.append(surest(p_all, step / num_steps))
             else:  # nobody is sure of anything in two steps: let it be of half of its guesses
+                p, guess = p_all.max(dim=1)
                 script.CONFIDENCE = p.median().item()
                 teacher.append((p > script.CONFIDENCE)[:, None]
-                               * torch.nn.functional.one_hot(guess, outputs[0].shape[1]))
+                               * torch.nn.functional.one_hot(guess, p_all.shape[1]))
         elif isinstance(module, script.Classifier):
             logits, features, *rest = outputs
             moved = changed(module.buffers_before, dict(module.named_buffers()))
