@@ -50,7 +50,6 @@ LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, 
 UNLABELED_PER_FAKE = 2
 TEACHER_START = 0.2  # share of a run before labels by the EMA classifier are trained on
 TEACHER_SHARE = 0.5  # of the unlabeled images, those that it labels at the end of a run
-EMA_DECAY = 0.996
 CACHE_BYTES = 2 << 30  # decoded photos that take less are kept, by each process, on its device
 SAVE_SECONDS = 600  # between two checkpoints within an epoch; one is written after each anyway
 
@@ -84,10 +83,19 @@ def parse_args():
     train.add_argument("--lr-generator", type=float, default=1e-3, help="Adam, generator")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
                        help="what tells real from fake, see Classifier")
+    train.add_argument("--generator-loss", choices=["both", "fool", "feature-matching"],
+                       default="both", help="pass for a photo, match mean features, or both")
     train.add_argument("--gan-weight", type=float, default=1.0,
                        help="of the unlabeled and fake terms; 0: nothing is learned from fakes")
     train.add_argument("--consistency-weight", type=float, default=3.0,
                        help="of agreeing with the EMA classifier on unlabeled images")
+    train.add_argument("--augmentation", type=int, choices=[0, 1], default=1,
+                       help="of labeled, unlabeled and fake images; 0: none")
+    train.add_argument("--ema-decay", type=float, default=0.996,
+                       help="of the classifier that teaches and is scored; 0: no average")
+    train.add_argument("--statistics", choices=["unlabeled", "all"], default="unlabeled",
+                       help="images whose batch-norm statistics evaluation uses")
+    train.add_argument("--constant-lr", action="store_true", help="both learning rates stay")
     source = parser.add_argument_group("making the four folders (does not train)")
     source.add_argument("--prepare", metavar="SOURCE",
                         help="draw the four folders from Kaggle's train/ or Microsoft's PetImages/")
@@ -124,7 +132,9 @@ def parse_args():
     if args.batch_size < 2:
         die("--batch-size must be at least 2: batch norm has no variance of one image")
     not_negative(seed=args.seed, split_seed=args.split_seed, gan_weight=args.gan_weight,
-                 consistency_weight=args.consistency_weight)
+                 consistency_weight=args.consistency_weight, ema_decay=args.ema_decay)
+    if args.ema_decay >= 1:
+        die(f"--ema-decay must be below 1, or nothing is averaged, but it is {args.ema_decay}")
     return args, checkpoint
 
 
@@ -221,13 +231,15 @@ def update_batch_norm_statistics(classifier, on):
             module.momentum = 0.1 if on else 0.0
 
 
-def augment(x, rank=0, world=1):
+def augment(x, on, rank=0, world=1):
     """Random crop, flip, colours and an erased square for each image; (N, 3, S, S) -> the same.
 
     Values may leave [0, 1]. Differentiable, so that fakes are changed as photos are and the
     generator learns through it (DiffAugment, Zhao et al. 2020, arXiv:2006.10738). x is what this
-    process, of that rank in `world` processes, has of a batch.
+    process, of that rank in `world` processes, has of a batch. With `on` 0 x is left as it is.
     """
+    if not on:
+        return x
     n, side = len(x), x.shape[-1]
     noise = torch.rand(15, n * world, device=x.device)[:, rank::world]  # (15, n) in [0, 1)
     area, center_x, center_y, erase_x, erase_y, erase_half, no_color = noise[:7]
@@ -376,13 +388,14 @@ def main():
             epoch_started, first_i = time.perf_counter(), i
 
         # Constant for half of the run, then linearly to 0.
+        falling = 1 if args.constant_lr else min(1, 2 * (1 - (step - 1) / total_steps))
         for opt, lr in ((opt_d, args.lr), (opt_g, args.lr_generator)):
-            opt.param_groups[0]["lr"] = lr * min(1, 2 * (1 - (step - 1) / total_steps))
+            opt.param_groups[0]["lr"] = lr * falling
 
         # Every process draws the random numbers of the whole batch, and takes those of its images
         # (but for dropout, whose masks are the same in each).
         chosen = torch.randperm(num_labeled, device=device)[:labeled_batch][rank::world]
-        x_lab = augment(x_labeled[chosen] / 255, rank, world)  # (n, 3, S, S)
+        x_lab = augment(x_labeled[chosen] / 255, args.augmentation, rank, world)  # (n, 3, S, S)
         y_lab = y_labeled[chosen]  # (n,)
 
         if args.supervised_only:
@@ -400,7 +413,7 @@ def main():
             z = torch.randn(num_fakes, LATENT_DIM, device=device)[rank::world]
             with autocast:
                 x_fake = generator(z)  # (M, 3, S, S)
-            x_fake = augment(x_fake.float(), rank, world)  # used in both updates
+            x_fake = augment(x_fake.float(), args.augmentation, rank, world)  # for both updates
 
             # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
             # FixMatch (Sohn et al. 2020, arXiv:2001.07685) takes all above a threshold; here they
@@ -421,18 +434,19 @@ def main():
                 picked = best.float().chunk(world)[rank]  # (N, K)
 
             # ---- classifier: labels right, photos real, fakes fake ----
-            # Three forward passes, as batch norm would mix the three kinds of images; only
-            # unlabeled photos move the running statistics: fakes are not evaluated, and the
+            # Three forward passes, as batch norm would mix the three kinds of images; by default
+            # only unlabeled photos move the running statistics: fakes are not evaluated, and the
             # labeled ones are few.
+            all_move = args.statistics == "all"
             classifier.requires_grad_(True)
             with autocast:
-                update_batch_norm_statistics(classifier, False)
+                update_batch_norm_statistics(classifier, all_move)
                 logits_lab, _, _ = classifier(x_lab)  # (n, K)
                 _, _, r_fake = classifier(x_fake.detach())  # (M,)
                 update_batch_norm_statistics(classifier, True)
-                # (N, K), (N, 512), (N,)
-                logits_unl, feat_unl, r_unl = classifier(augment(x_unl, rank, world))
-                update_batch_norm_statistics(classifier, False)
+                x_unl = augment(x_unl, args.augmentation, rank, world)
+                logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 512), (N,)
+                update_batch_norm_statistics(classifier, all_move)
             loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
             loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
             loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
@@ -454,7 +468,9 @@ def main():
                                       - feat_fake.float().mean(0))  # (512,)
             # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
             loss_fm = gap.square().mean()
-            loss_g = fool_loss(r_gen) + loss_fm  # -E log D(G(z)) + matching
+            loss_fool = fool_loss(r_gen)  # -E log D(G(z))
+            loss_g = {"both": loss_fool + loss_fm, "fool": loss_fool,
+                      "feature-matching": loss_fm}[args.generator_loss]
             opt_g.zero_grad()
             loss_g.backward()
             average_gradients(generator)
@@ -467,7 +483,7 @@ def main():
                               "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
         # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
-        decay = min(EMA_DECAY, (1 + step) / (10 + step))
+        decay = min(args.ema_decay, (1 + step) / (10 + step))
         for ema, now in zip(classifier_ema.state_dict().values(),
                             classifier.state_dict().values()):
             ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)

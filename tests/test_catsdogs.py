@@ -425,7 +425,7 @@ torch.nn.Dropout.forward = lambda self, x: x
 torch.set_default_dtype(torch.float64)
 torch.Tensor.float = torch.Tensor.double  # in the scripts it makes float32 of bfloat16
 augment = sgan_catsdogs.augment
-sgan_catsdogs.augment = lambda x, rank, world: augment(x.double(), rank, world)
+sgan_catsdogs.augment = lambda x, *args: augment(x.double(), *args)
 evaluate = sgan_catsdogs.evaluate
 sgan_catsdogs.evaluate = lambda classifier, batches, num_classes: evaluate(
     classifier, ((x.double(), y) for x, y in batches), num_classes)

@@ -6,6 +6,7 @@ bad input, calls a script's main() here instead; nothing in the scripts is repla
 
 import csv
 import importlib
+import itertools
 import json
 import math
 import os
@@ -574,13 +575,25 @@ def test_labeled_unlabeled_and_fake_images_pass_apart(watched):
         assert [seen.for_generator for seen in step] == [False, False, False, True]
 
 
+def statistics_of(classifier):
+    return {f"{n}.{statistic}" for n, module in classifier.named_modules()
+            if isinstance(module, torch.nn.BatchNorm2d)
+            for statistic in ("running_mean", "running_var")}
+
+
 def test_only_unlabeled_images_move_batch_norm_statistics(watched):
-    norms = {f"{n}.{statistic}" for n, module in watched.networks["Classifier"].named_modules()
-             if isinstance(module, torch.nn.BatchNorm2d)
-             for statistic in ("running_mean", "running_var")}
+    norms = statistics_of(watched.networks["Classifier"])
     assert len(norms) >= 10
     for seen in watched.passes:
         assert seen.moved == (norms if kind(seen) == "unlabeled" else set())
+
+
+def test_statistics_of_all_images_are_moved_by_each_pass(tones, tmp_path):
+    watched = watch("sgan_catsdogs", [*tones["sgan_catsdogs"], "--statistics", "all"],
+                    tmp_path / "runs")
+    assert len(watched.passes) == 8
+    for seen in watched.passes:
+        assert seen.moved == statistics_of(watched.networks["Classifier"])
 
 
 def test_each_update_moves_its_own_network_by_its_own_gradient(watched):
@@ -625,9 +638,9 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
         torch.testing.assert_close(grad, expected, rtol=0.02, atol=1e-4)
 
 
-def test_labeled_photos_keep_their_labels(tones, tmp_path, monkeypatch):
-    monkeypatch.setattr("sgan_catsdogs.augment", lambda x, rank, world: x)  # colours tell the class
-    seen = watch("sgan_catsdogs", tones["sgan_catsdogs"], tmp_path / "runs")
+def test_labeled_photos_keep_their_labels(tones, tmp_path):
+    flags = [*tones["sgan_catsdogs"], "--augmentation", 0]  # colours tell the class
+    seen = watch("sgan_catsdogs", flags, tmp_path / "runs")
     for one in (one for one in seen.passes if kind(one) == "labeled"):
         n, p = len(one.logits), one.logits.double().softmax(dim=1)
         y = (p - n * one.grad.double()).argmax(dim=1)
@@ -780,23 +793,25 @@ def assert_targets_of_d(seen, step, targets):
             torch.testing.assert_close(grad, seen.gan_weight * 0.5 * d, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", DIGITS)
-@pytest.mark.parametrize("flags", [["--generator-loss", "fool"],
-                                   ["--generator-loss", "complement"],
-                                   ["--generator-loss", "fool", "--real-logit", "fake-class"],
-                                   ["--generator-loss", "fool", "--real-logit", "sigmoid-head"]])
+@pytest.mark.parametrize("name, flags", [
+    *itertools.product(DIGITS, [["--generator-loss", "fool"],
+                                ["--generator-loss", "complement"],
+                                ["--generator-loss", "fool", "--real-logit", "fake-class"],
+                                ["--generator-loss", "fool", "--real-logit", "sigmoid-head"]]),
+    ("sgan_catsdogs", ["--generator-loss", "fool", "--real-logit", "fake-class"]),
+    ("sgan_catsdogs", ["--generator-loss", "feature-matching"])])
 def test_generator_minimises_what_its_flag_says(name, flags, tones, tmp_path):
     seen = watch(name, [*tones[name], *flags], tmp_path / "runs")
     expected = 0
     for step in (seen.passes[:4], seen.passes[4:]):
         unlabeled = next(one for one in step[:3] if kind(one) == "unlabeled")
         real, fake = unlabeled.features.double(), step[3].features.double()
+        loss = (real.mean(dim=0) - fake.mean(dim=0)).square().mean()
         if "complement" in flags:
-            gap = (real.mean(dim=0) - fake.mean(dim=0)).square().mean()
             cosines = torch.nn.functional.cosine_similarity(fake[:, None], fake[None], dim=2)
             others = ~torch.eye(len(fake), dtype=torch.bool)
-            loss = gap + cosines[others].square().mean()
-        else:  # -log D(G(z))
+            loss = loss + cosines[others].square().mean()
+        if "fool" in flags:  # -log D(G(z))
             loss = -step[3].real_logit.double().sigmoid().log().mean()
         expected += loss.item() / 2
         assert_targets_of_d(seen, step, {"unlabeled": 1, "fake": 0})
@@ -839,7 +854,24 @@ def test_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(name, ton
     assert rates == pytest.approx([0.002] * 2 + [0.002] * 2 + [0.001] * 2)
 
 
-@pytest.mark.parametrize("name", DIGITS)
+@pytest.mark.parametrize("flags, last", [([], 0.5), (["--constant-lr"], 1)])
+def test_learning_rates_of_photos_fall_unless_they_are_constant(flags, last, tones, tmp_path):
+    rates = []
+
+    def rate(optimizer, args, kwargs):
+        rates.append(optimizer.param_groups[0]["lr"])
+
+    flags = [flag for flag in [*tones["sgan_catsdogs"], *flags] if flag != "--dry-run"]
+    handle = register_optimizer_step_pre_hook(rate)
+    try:
+        call_main("sgan_catsdogs", *flags, "--epochs", 2, "--lr", 0.002, "--lr-generator", 0.004,
+                  "--out-dir", tmp_path / "runs")
+    finally:
+        handle.remove()
+    assert rates == pytest.approx([0.002, 0.004] * 3 + [0.002 * last, 0.004 * last])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_without_ema_the_raw_weights_are_scored(name, tones, tmp_path):
     seen = watch(name, [*tones[name], "--ema-decay", 0], tmp_path / "runs")
     assert same_bits(seen.final["classifier"],
@@ -859,11 +891,16 @@ def test_pets_generator_grows_with_the_image_size(image_size):
 def test_augmentation_differs_by_image_and_lets_the_gradient_through(name):
     script, _, (x, _) = build_classifier(name)
     x = x[:1].repeat(16, 1, 1, 1).requires_grad_()
-    out = script.augment(x, *([1.0] if name in DIGITS else []))
+    out = script.augment(x, 1)
     assert out.shape == x.shape
     assert len({tuple(image.flatten().tolist()) for image in out}) > 8
     out.sum().backward()
     assert (x.grad.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+def test_photos_without_augmentation_stay_as_they_are():
+    script, _, (x, _) = build_classifier("sgan_catsdogs")
+    assert torch.equal(script.augment(x, 0), x)
 
 
 @pytest.mark.parametrize("name", DIGITS)
@@ -939,15 +976,15 @@ def test_svhn_augmentation_erases_a_small_rectangle():
 # ============================================ flags ===============================================
 
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
-                "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight"]
-DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--real-logit", "--generator-loss",
-               "--warmup-steps", "--augmentation", "--ema-decay"]
+                "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight",
+                "--real-logit", "--generator-loss", "--augmentation", "--ema-decay"]
+DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--warmup-steps"]
 FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS],
          "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-label-smoothing"],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
-                           "--test-dir", "--image-size", "--lr-generator", "--real-logit",
-                           "--prepare", "--download", "--labels-per-class", "--demo", "--resume",
-                           "--predict", "--checkpoint"],
+                           "--test-dir", "--image-size", "--lr-generator",
+                           "--statistics", "--constant-lr", "--prepare", "--download",
+                           "--labels-per-class", "--demo", "--resume", "--predict", "--checkpoint"],
          "toy_rings": ["--seed", "--split-seed", "--device", "--out-dir", "--dry-run",
                        "--num-labeled", "--supervised-only", "--epochs"]}
 
@@ -1029,6 +1066,8 @@ BAD_FLAGS = {
     "split seed negative": (["--split-seed", -1], "--split-seed"),
     "gan weight negative": (["--gan-weight", -1], "--gan-weight"),
     "consistency weight nan": (["--consistency-weight", "nan"], "--consistency-weight"),
+    "ema decay negative": (["--ema-decay", -0.1], "--ema-decay"),
+    "ema decay one": (["--ema-decay", 1], "--ema-decay"),
 }
 BAD_NUM_LABELED = {"num labeled 15": (15, "15"), "num labeled zero": (0, "0"),
                    "num labeled negative": (-10, "-10"), "num labeled too many": (100_000, "900")}
@@ -1036,8 +1075,6 @@ BAD_DIGIT_FLAGS = {
     "warm-up negative": (["--warmup-steps", -1], "--warmup-steps"),
     "augmentation negative": (["--augmentation", -0.1], "--augmentation"),
     "augmentation above one": (["--augmentation", 1.5], "--augmentation"),
-    "ema decay negative": (["--ema-decay", -0.1], "--ema-decay"),
-    "ema decay one": (["--ema-decay", 1], "--ema-decay"),
 }
 BAD_PETS_FLAGS = {
     "image size 48": (["--image-size", 48], "--image-size"),
