@@ -583,6 +583,15 @@ def load_checkpoint(path, flag: str, keys=()) -> dict:
     return state
 
 
+def load_state(part, state: dict, path, flag: str):
+    """Give a network the weights of a checkpoint, or an optimiser its moments. Errors: exit status
+    2, naming the flag and the checkpoint's path, if they are of another network."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError):  # of networks, of optimisers
+        die(f"{flag}: {path} was written by a script with other networks; use that one")
+
+
 def write_csv(path, rows: list):
     """rows: dictionaries, column -> value; a column that a row does not have stays empty."""
     text = io.StringIO()

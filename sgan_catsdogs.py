@@ -40,9 +40,9 @@ from common import (Run, StepMeans, average_gradients, bf16_autocast, cached_loa
                     check_labeled, class_of, dali_loader, decode_all, die, draw_folders, drawn_by,
                     errors_and_others, evaluate, fake_loss, float32_at_least, fool_loss,
                     from_all_processes, in_any_process, labeled_loss, listing, load_checkpoint,
-                    mean_over_processes, not_negative, pick_device, plot_confusion, plot_curves,
-                    plot_images, plot_predictions, positive, random_state, real_logit, same_bytes,
-                    same_everywhere, save_samples, seed_everything, set_random_state,
+                    load_state, mean_over_processes, not_negative, pick_device, plot_confusion,
+                    plot_curves, plot_images, plot_predictions, positive, random_state, real_logit,
+                    same_bytes, same_everywhere, save_samples, seed_everything, set_random_state,
                     start_processes, stop_signal, unlabeled_loss, write_csv)
 
 LATENT_DIM = 100
@@ -351,7 +351,7 @@ def main():
             die(f"--resume {args.resume}: the folders do not hold the images that run began with; "
                 "was it started in another working directory?")
         for name, part in saved_parts.items():
-            part.load_state_dict(checkpoint[name])
+            load_state(part, checkpoint[name], Path(args.resume, "last.pt"), "--resume")
         losses.load_state_dict(checkpoint["losses"], device)
         first_step, best_val = checkpoint["step"] + 1, checkpoint["best_val"]
         rows, seconds_before = checkpoint["rows"], checkpoint["seconds"]
@@ -582,7 +582,7 @@ def predict(args):
                             ["class_names", "image_size", "real_logit", "gan_weight"])
     class_names, image_size = model["class_names"], model["image_size"]
     classifier = Classifier(len(class_names), image_size, model["real_logit"]).to(device).eval()
-    classifier.load_state_dict(model["classifier"])
+    load_state(classifier, model["classifier"], args.checkpoint, "--checkpoint")
     files, unusable = check_images(args.predict, "--predict")
     run = Run(args.out_dir, "predict", vars(args))
     run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")

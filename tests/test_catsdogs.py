@@ -358,6 +358,10 @@ def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, caps
     refused(capsys, ["--resume", "last.pt", "damaged"], "--resume", tmp_path)
     shutil.copy(whole / "best.pt", tmp_path / "last.pt")
     refused(capsys, ["--resume", "last.pt"], "--resume", tmp_path)
+    state = torch.load(ended / "last.pt", weights_only=True)
+    state["classifier"]["head.weight"] = torch.zeros(2, 3)
+    torch.save(state, tmp_path / "last.pt")
+    refused(capsys, ["--resume", "last.pt", "other networks"], "--resume", tmp_path)
 
 
 def test_other_photos_than_those_of_the_run_are_refused(flags, pets, tmp_path, capsys):
@@ -411,6 +415,11 @@ def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path
     refused(capsys, ["--predict", "--checkpoint"], "--checkpoint", whole / "best.pt")
     for path in (tmp_path / "missing.pt", ended / "last.pt", ended / "args.json"):
         refused(capsys, ["--checkpoint", path], "--predict", pets / "test", "--checkpoint", path)
+    state = torch.load(whole / "best.pt", weights_only=True)
+    del state["classifier"]["head.bias"]
+    torch.save(state, tmp_path / "best.pt")
+    refused(capsys, ["--checkpoint", tmp_path / "best.pt", "other networks"], "--predict",
+            pets / "test", "--checkpoint", tmp_path / "best.pt")
 
 
 # ======================================= several processes ========================================
