@@ -50,7 +50,7 @@ LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, 
 UNLABELED_PER_FAKE = 2
 TEACHER_START = 0.2  # share of a run before labels by the EMA classifier are trained on
 TEACHER_SHARE = 0.5  # of the unlabeled images, those that it labels at the end of a run
-CACHE_BYTES = 2 << 30  # decoded photos that take less are kept, by each process, on its device
+CACHE_BYTES = 2 << 30  # unlabeled photos that take less, decoded, in all processes, are kept
 SAVE_SECONDS = 600  # between two checkpoints within an epoch; one is written after each anyway
 
 
@@ -78,8 +78,7 @@ def parse_args():
     train.add_argument("--epochs", type=int, default=40,
                        help="passes over the unlabeled images; of 100 steps if --supervised-only")
     train.add_argument("--batch-size", type=int, default=64, help="unlabeled images a step")
-    train.add_argument("--lr", type=float, default=1e-3,
-                       help="Adam, classifier; falls to 0 in the second half of a run")
+    train.add_argument("--lr", type=float, default=1e-3, help="Adam, classifier")
     train.add_argument("--lr-generator", type=float, default=1e-3, help="Adam, generator")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
                        help="what tells real from fake, see Classifier")
@@ -94,8 +93,9 @@ def parse_args():
     train.add_argument("--ema-decay", type=float, default=0.996,
                        help="of the classifier that teaches and is scored; 0: no average")
     train.add_argument("--statistics", choices=["unlabeled", "all"], default="unlabeled",
-                       help="images whose batch-norm statistics evaluation uses")
-    train.add_argument("--constant-lr", action="store_true", help="both learning rates stay")
+                       help="images whose batch-norm statistics the teacher and evaluation use")
+    train.add_argument("--constant-lr", action="store_true",
+                       help="otherwise both learning rates fall to 0 in the second half of a run")
     source = parser.add_argument_group("making the four folders (does not train)")
     source.add_argument("--prepare", metavar="SOURCE",
                         help="draw the four folders from Kaggle's train/ or Microsoft's PetImages/")
@@ -118,10 +118,11 @@ def parse_args():
             die(f"--resume {args.resume}: best.pt is missing there, which belongs to last.pt")
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args()
-        for name, value in checkpoint["args"].items():
-            if getattr(args, name) != value:
+        for name, given in vars(args).items():
+            value = parser.get_default(name)
+            if given != value and name != "resume":
                 die(f"--resume {args.resume}: that run has --{name.replace('_', '-')} {value}, not "
-                    f"{getattr(args, name)}; leave the flag out, or start a new run")
+                    f"{given}; leave the flag out, or start a new run")
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
@@ -225,7 +226,7 @@ class Classifier(nn.Module):
 
 
 def update_batch_norm_statistics(classifier, on):
-    """Choose whether forward passes in training move the statistics that evaluation will use."""
+    """Choose whether forward passes in training move the statistics that eval() will use."""
     for module in classifier.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = 0.1 if on else 0.0
@@ -297,13 +298,15 @@ def main():
         if len(unl_files) < args.batch_size:
             die(f"--unlabeled-dir {args.unlabeled_dir} holds {len(unl_files)} images, fewer than "
                 f"one batch: add some, or set --batch-size to {len(unl_files)} or less")
-    enough = round(num_classes / TEACHER_SHARE)  # one image a class, at the end of a run
-    if not args.supervised_only and args.consistency_weight and args.batch_size < enough:
-        die(f"--batch-size {args.batch_size} is too small to choose images of {num_classes} "
-            f"classes from: set it to {enough} or more, or --consistency-weight to 0")
-    if args.batch_size % world or min(LABELED_BATCH, num_labeled) < world:
-        die(f"{world} processes must share --batch-size {args.batch_size} evenly, and have at "
-            f"least one labeled image each, of {min(LABELED_BATCH, num_labeled)} in a step")
+        enough = round(num_classes / TEACHER_SHARE)  # one image a class, at the end of a run
+        if args.consistency_weight and args.batch_size < enough:
+            die(f"--batch-size {args.batch_size} is too small to choose images of {num_classes} "
+                f"classes from: set it to {enough} or more, or --consistency-weight to 0")
+        if args.batch_size % world:
+            die(f"{world} processes must share --batch-size {args.batch_size} evenly")
+    if min(LABELED_BATCH, num_labeled) < world:
+        die(f"{world} processes must have at least one labeled image each, of "
+            f"{min(LABELED_BATCH, num_labeled)} in a step")
     unusable = {**bad_val, **bad_test, **bad_unl}
     leaks = same_bytes(val_files + test_files, lab_files + unl_files)
     method = "supervised" if args.supervised_only else "sgan"
@@ -417,8 +420,8 @@ def main():
 
             # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
             # FixMatch (Sohn et al. 2020, arXiv:2001.07685) takes all above a threshold; here they
-            # are as many of each class, as most of those above it may be of one class. Classes
-            # that are not about equally frequent get wrong labels by this.
+            # are as many of each class, those with its highest p(y | x), as most of those above it
+            # may be of one class. Classes that are not about equally frequent get wrong labels.
             share = TEACHER_SHARE * (step / total_steps - TEACHER_START) / (1 - TEACHER_START)
             num_picked = round(share * args.batch_size / num_classes)  # of each class
             picked = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K), 1 if taught
@@ -427,8 +430,8 @@ def main():
                     logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
                 p_teacher = logits_teacher.float().softmax(dim=1)
                 of_all = from_all_processes(p_teacher)  # (batch_size, K)
-                surest = of_all.topk(num_picked, dim=0).indices  # (num_picked, K)
-                p_surest = of_all * torch.zeros_like(of_all).scatter(0, surest, 1.0)
+                surest = of_all.topk(num_picked, dim=0)  # of each column: (num_picked, K)
+                p_surest = torch.zeros_like(of_all).scatter(0, surest.indices, surest.values)
                 # of several classes for one photo the likeliest
                 best = (p_surest > 0) & (p_surest == p_surest.amax(dim=1, keepdim=True))
                 picked = best.float().chunk(world)[rank]  # (N, K)
@@ -525,7 +528,8 @@ def main():
                        f"{images_per_s:.0f} images/s, {seconds:.0f} s")
             sys.stdout.flush()
 
-        # ---- a checkpoint from which --resume goes on as if nothing had happened ----
+        # ---- a checkpoint from which --resume goes on as if nothing had happened (of several
+        # processes the losses until now are the first one's) ----
         if epoch_ends or stopping or time.perf_counter() - saved_at > SAVE_SECONDS:
             run.save("last.pt", {
                 "args": config, "files": files, "step": step, "best_val": best_val,
@@ -535,14 +539,16 @@ def main():
                 **{name: part.state_dict() for name, part in saved_parts.items()}})
             saved_at = time.perf_counter()
         if stopping and step < total_steps:
-            launcher = "python" if world == 1 else f"torchrun --nproc-per-node {world}"
+            launcher = "python"
+            if world > 1:
+                launcher = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
             raise SystemExit(f"stopped after step {step} of {total_steps}; to go on: {launcher} "
                              f"sgan_catsdogs.py --resume {shlex.quote(str(run.dir))}")
 
     if rank > 0:
         return
 
-    # ============ the end: test images are read here only, for two sets of weights ============
+    # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), **for_predict,
                           "weights": "ema", "epoch": args.epochs,
                           "generator": generator.state_dict()})

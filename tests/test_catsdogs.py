@@ -344,10 +344,14 @@ def refused(capsys, words, *flags):
         assert str(word) in message
 
 
-def test_other_flags_than_those_of_the_run_are_refused(ended, flags, capsys):
+def test_other_flags_than_those_of_the_run_are_refused(ended, flags, tmp_path, capsys):
     for flag, value, old in (("--epochs", 5, 2), ("--seed", 1, 0), ("--lr", 0.1, 0.001)):
         refused(capsys, [flag, value, old, ended], "--resume", ended, flag, value)
     assert torch.load(ended / "last.pt", weights_only=True)["step"] == 2  # as it was
+    state = torch.load(ended / "last.pt", weights_only=True)
+    del state["args"]["constant_lr"]  # as if the run were older than the flag
+    torch.save(state, tmp_path / "last.pt")
+    refused(capsys, ["--constant-lr False, not True", tmp_path], "--resume", tmp_path, "--constant-lr")
 
 
 def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, capsys):
