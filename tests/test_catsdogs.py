@@ -351,7 +351,8 @@ def test_other_flags_than_those_of_the_run_are_refused(ended, flags, tmp_path, c
     state = torch.load(ended / "last.pt", weights_only=True)
     del state["args"]["constant_lr"]  # as if the run were older than the flag
     torch.save(state, tmp_path / "last.pt")
-    refused(capsys, ["--constant-lr False, not True", tmp_path], "--resume", tmp_path, "--constant-lr")
+    refused(capsys, ["--constant-lr False, not True", tmp_path], "--resume", tmp_path,
+            "--constant-lr")
 
 
 def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, capsys):
