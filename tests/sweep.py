@@ -1,12 +1,14 @@
 """Run a script for several seeds, one after another, and print mean ± standard deviation.
 
     python tests/sweep.py --seeds 0,1,2 sgan_mnist.py --num-labeled 50
+    python tests/sweep.py --seeds 0,1,2 --photos data/PetImages sgan_catsdogs.py --image-size 64
     python tests/sweep.py --curves curve.png runs/mnist100 runs/mnist20
 
 The first form runs the script with `--seed S --split-seed S` for each S, and reads the test
-accuracies of its RESULT lines, of toy_rings.py that of each method. The second draws, for all runs
-in each folder, the error of the averaged weights on validation images against the seconds since the
-start (the rings have no validation).
+accuracies of its RESULT lines, of toy_rings.py that of each method. The second does so with photos,
+whose four folders are drawn for each seed from the ones given, unless data/draws/ has them. The
+third draws, for all runs in each folder, the error of the averaged weights on validation images
+against the seconds since the start (the rings have no validation).
 """
 
 import argparse
@@ -28,11 +30,26 @@ def summary(values):
     return f"{statistics.mean(values):.2f}{spread} of {len(values)}"
 
 
-def sweep(seeds, script, flags):
+def draw_photos(source, labels_per_class, seed):
+    """The flags for the four folders of a draw, which is made first if it is not there."""
+    root = Path(f"data/draws/{labels_per_class}_of_each__split{seed}")
+    parts = {"--labeled-dir": "labeled", "--unlabeled-dir": "train", "--val-dir": "val",
+             "--test-dir": "test"}
+    flags = [text for flag, part in parts.items() for text in (flag, root / part)]
+    if not root.exists():
+        subprocess.run([sys.executable, ROOT / "sgan_catsdogs.py", "--prepare", source,
+                        "--labels-per-class", labels_per_class, "--split-seed", seed, *flags],
+                       check=True)
+    return flags
+
+
+def sweep(seeds, script, flags, photos=None, labels_per_class=None):
     scores = {}  # what was measured -> a value for each seed: accuracies in percent, seconds
     for seed in seeds:
         line = ""
         command = [sys.executable, ROOT / script, "--seed", seed, "--split-seed", seed]
+        if photos:
+            command += draw_photos(photos, labels_per_class, seed)
         with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 print(line, end="", flush=True)
@@ -70,6 +87,8 @@ def draw_curves(folders, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--photos", help="folder that sgan_catsdogs.py --prepare draws from")
+    parser.add_argument("--labels-per-class", default="50", help="labeled photos to draw")
     parser.add_argument("--curves", help="draw the runs of these folders into this picture instead")
     args, rest = parser.parse_known_args()
     if not rest:
@@ -77,7 +96,7 @@ def main():
     if args.curves:
         draw_curves(rest, args.curves)
     else:
-        sweep(args.seeds.split(","), rest[0], rest[1:])
+        sweep(args.seeds.split(","), rest[0], rest[1:], args.photos, args.labels_per_class)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                    register_optimizer_step_pre_hook)
 
 from common import balanced_split, bf16_autocast, dali_loader
+from tests import sweep
 from tests.cartoons import draw_dataset
 from tests.conftest import mat_labels, write_idx, write_mnist, write_svhn
 
@@ -1468,6 +1469,21 @@ def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path):
     call_main("tests.sweep", "--curves", tmp_path / "curves.png", tmp_path / "runs")
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 300
+
+
+def test_sweep_draws_photos_for_each_seed(archives, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    command = [sys.executable, ROOT / "tests/sweep.py", "--seeds", "5", "--labels-per-class", "4",
+               "--photos", archives / "PetImages", "sgan_catsdogs.py", *map(str, PETS), "--dry-run"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    [result] = [json.loads(path.read_text())
+                for path in (tmp_path / "runs").glob("*/results.json")]
+    assert (result["split_seed"], result["seed"], result["num_labeled"]) == (5, 5, 8)
+    assert (tmp_path / result["labeled_dir"]).is_dir()
+    root = Path(result["labeled_dir"]).parent
+    flags = sweep.draw_photos("nowhere", "4", "5")  # found: nothing is drawn again
+    assert flags[:2] == ["--labeled-dir", root / "labeled"]
 
 
 def test_sweep_stops_when_a_run_does(tmp_path):
