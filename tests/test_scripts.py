@@ -474,8 +474,9 @@ def watch(name, flags, out_dir, num_steps=2):
     batch-norm buffers that it moved, whether its input came from the generator with a gradient,
     and what the EMA classifier taught in its pass before: 1 at the class of each image that it was
     sure of, else 0 ("teacher", (N, K), None where it was not asked in that step).
-    updates: the network they belong to, the names of the weights of both networks that they moved
-    and of the gradients that changed since the update before, and the classifier's state after.
+    updates: the network they belong to, their learning rate, the names of the weights of both
+    networks that they moved and of the gradients that changed since the update before, and the
+    classifier's state after.
     """
     networks, passes, updates, teacher = {}, [], [], [None]
     script = importlib.import_module(name)
@@ -520,6 +521,7 @@ def watch(name, flags, out_dir, num_steps=2):
         update = SimpleNamespace(
             of=next(n for n, net in networks.items()
                     if next(net.parameters()) is optimizer.param_groups[0]["params"][0]),
+            lr=optimizer.param_groups[0]["lr"],
             new_gradients={n: changed(net.latest, gradients(net)) for n, net in networks.items()})
         updates.append(update)
         for network in networks.values():
@@ -648,10 +650,15 @@ def test_labeled_photos_keep_their_labels(tones, tmp_path):
         assert y.tolist() == (one.colors[:, 0] < one.colors[:, 2]).long().tolist()
 
 
-def test_more_and_more_photos_of_each_class_are_learned_from(tones, tmp_path):
+def test_more_and_more_photos_of_each_class_are_learned_from_at_falling_rates(tones, tmp_path):
     flags = [flag for flag in tones["sgan_catsdogs"] if flag != "--dry-run"]
-    seen = watch("sgan_catsdogs", [*flags, "--epochs", 3], tmp_path / "runs", num_steps=6)
+    flags += ["--epochs", 3, "--lr", 0.002, "--lr-generator", 0.004]
+    seen = watch("sgan_catsdogs", flags, tmp_path / "runs", num_steps=6)
     assert seen.results["steps"] == 6
+    falling = [1, 1, 1, 1, 2 / 3, 1 / 3]  # in the second half of the run
+    for of, lr in (("Classifier", 0.002), ("Generator", 0.004)):
+        assert [update.lr for update in seen.updates if update.of == of] == pytest.approx(
+            [lr * rate for rate in falling])
     unlabeled = [one for one in seen.passes if kind(one) == "unlabeled"]
     assert unlabeled[0].teacher is None  # in the first fifth the labels alone teach
     assert [one.teacher.sum(dim=0).tolist() for one in unlabeled[1:]] == [
@@ -836,40 +843,21 @@ def test_smoothing_moves_the_target_of_unlabeled_images_alone(tones, tmp_path):
 
 @pytest.mark.parametrize("name", DIGITS)
 def test_warm_up_sees_labeled_images_alone_and_the_learning_rate_falls(name, tones, tmp_path):
-    rates = []
-
-    def rate(optimizer, args, kwargs):
-        rates.append(optimizer.param_groups[0]["lr"])
-
-    handle = register_optimizer_step_pre_hook(rate)
-    try:
-        seen = watch(name, [*tones[name], "--warmup-steps", 5, "--lr", 0.002], tmp_path / "runs")
-    finally:
-        handle.remove()
+    seen = watch(name, [*tones[name], "--warmup-steps", 5, "--lr", 0.002], tmp_path / "runs")
     assert seen.results["steps"] == 4  # a dry run takes two of each
     assert [update.of for update in seen.updates] == ["Classifier"] * 2 + ["Classifier",
                                                                            "Generator"] * 2
     assert [kind(one) for one in seen.passes[:2]] == ["labeled", "labeled"]
     assert "fake" in map(kind, seen.passes[2:6])
     # the half of 4 steps at the full rate, then 2 (1 - step / 4) of it
-    assert rates == pytest.approx([0.002] * 2 + [0.002] * 2 + [0.001] * 2)
+    assert [update.lr for update in seen.updates] == pytest.approx([0.002] * 4 + [0.001] * 2)
 
 
-@pytest.mark.parametrize("flags, last", [([], 0.5), (["--constant-lr"], 1)])
-def test_learning_rates_of_photos_fall_unless_they_are_constant(flags, last, tones, tmp_path):
-    rates = []
-
-    def rate(optimizer, args, kwargs):
-        rates.append(optimizer.param_groups[0]["lr"])
-
-    flags = [flag for flag in [*tones["sgan_catsdogs"], *flags] if flag != "--dry-run"]
-    handle = register_optimizer_step_pre_hook(rate)
-    try:
-        call_main("sgan_catsdogs", *flags, "--epochs", 2, "--lr", 0.002, "--lr-generator", 0.004,
-                  "--out-dir", tmp_path / "runs")
-    finally:
-        handle.remove()
-    assert rates == pytest.approx([0.002, 0.004] * 3 + [0.002 * last, 0.004 * last])
+def test_constant_learning_rates_of_photos_do_not_fall(tones, tmp_path):
+    flags = [flag for flag in tones["sgan_catsdogs"] if flag != "--dry-run"]
+    seen = watch("sgan_catsdogs", [*flags, "--epochs", 2, "--constant-lr", "--lr", 0.002,
+                                   "--lr-generator", 0.004], tmp_path / "runs", num_steps=4)
+    assert [update.lr for update in seen.updates] == [0.002, 0.004] * 4
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -1344,16 +1332,6 @@ def test_prepare_is_fixed_by_its_seed(archives, tmp_path):
         assert set(other[part][1]) != set(first[part][1])
 
 
-def test_prepared_folders_train_and_give_their_seed_to_the_result(archives, tmp_path, capsys):
-    drawn(archives / "PetImages", tmp_path, split_seed=3)
-    call_main("sgan_catsdogs", "--device", "cpu", *pet_folders(tmp_path), "--image-size", 32,
-              "--batch-size", 8, "--dry-run", "--out-dir", tmp_path / "runs")
-    result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("RESULT "))
-    assert result["split_seed"] == 3 and result["num_labeled"] == 100
-    [folder] = (tmp_path / "runs").iterdir()
-    assert "split3" in folder.name.split("__")
-
-
 def test_an_unpacking_that_was_interrupted_is_begun_again(pets, tmp_path, monkeypatch, capsys):
     """The archive lies there already, so that nothing is fetched; it is too small to draw from."""
     monkeypatch.chdir(tmp_path)
@@ -1456,38 +1434,34 @@ def test_demo_trains_on_its_drawings_and_other_flags_still_count(tmp_path, monke
 # ============================================ sweeps ==============================================
 
 
-def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "tests/sweep.py", "--seeds", "3,4",
-                           "sgan_mnist.py", "--data-dir", mnist, *map(str, MNIST), "--dry-run"],
-                          cwd=tmp_path, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/results.json")]
+def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    call_main("tests.sweep", "--seeds", "3,4", "sgan_mnist.py", "--data-dir", mnist, *MNIST,
+              "--dry-run")
+    results = [json.loads(path.read_text()) for path in Path("runs").glob("*/results.json")]
     assert {(result["seed"], result["split_seed"]) for result in results} == {(3, 3), (4, 4)}
     a, b = (100 * result["test_accuracy"] for result in results)
     expected = f"test, %: {(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f} of 2"
-    assert expected in done.stdout.splitlines()
-    call_main("tests.sweep", "--curves", tmp_path / "curves.png", tmp_path / "runs")
-    with Image.open(tmp_path / "curves.png") as image:
+    assert expected in capsys.readouterr().out.splitlines()
+    call_main("tests.sweep", "--curves", "curves.png", "runs")
+    with Image.open("curves.png") as image:
         assert image.width > 300
 
 
-def test_sweep_draws_photos_for_each_seed(archives, tmp_path, monkeypatch):
+def test_sweep_draws_photos_for_each_seed(archives, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    command = [sys.executable, ROOT / "tests/sweep.py", "--seeds", "5", "--labels-per-class", "4",
-               "--photos", archives / "PetImages", "sgan_catsdogs.py", *map(str, PETS), "--dry-run"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    [result] = [json.loads(path.read_text())
-                for path in (tmp_path / "runs").glob("*/results.json")]
+    call_main("tests.sweep", "--seeds", 5, "--labels-per-class", 4, "--photos",
+              archives / "PetImages", "sgan_catsdogs.py", *PETS, "--dry-run")
+    [run] = Path("runs").iterdir()
+    result = json.loads((run / "results.json").read_text())
     assert (result["split_seed"], result["seed"], result["num_labeled"]) == (5, 5, 8)
-    assert (tmp_path / result["labeled_dir"]).is_dir()
-    root = Path(result["labeled_dir"]).parent
-    flags = sweep.draw_photos("nowhere", "4", "5")  # found: nothing is drawn again
-    assert flags[:2] == ["--labeled-dir", root / "labeled"]
+    assert "split5" in run.name.split("__")
+    found = sweep.draw_photos("nowhere", "4", "5")  # drawn already
+    assert found[:2] == ["--labeled-dir", Path(result["labeled_dir"])]
 
 
-def test_sweep_stops_when_a_run_does(tmp_path):
-    done = subprocess.run([sys.executable, ROOT / "tests/sweep.py", "sgan_mnist.py",
-                           "--epochs", "0"], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "--epochs" in done.stderr and "--seed 0 stopped" in done.stderr
+def test_sweep_stops_when_a_run_does(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="--seed 0 stopped"):
+        call_main("tests.sweep", "sgan_mnist.py", "--epochs", 0)
+    assert "--epochs" in capfd.readouterr().err
