@@ -30,12 +30,16 @@ def summary(values):
     return f"{statistics.mean(values):.2f}{spread} of {len(values)}"
 
 
+def photo_folders(root):
+    """The flags for the four folders of photos in root."""
+    return ["--labeled-dir", root / "labeled", "--unlabeled-dir", root / "train",
+            "--val-dir", root / "val", "--test-dir", root / "test"]
+
+
 def draw_photos(source, labels_per_class, seed):
     """The flags for the four folders of a draw, which is made first if it is not there."""
     root = Path(f"data/draws/{labels_per_class}_of_each__split{seed}")
-    parts = {"--labeled-dir": "labeled", "--unlabeled-dir": "train", "--val-dir": "val",
-             "--test-dir": "test"}
-    flags = [text for flag, part in parts.items() for text in (flag, root / part)]
+    flags = photo_folders(root)
     if not root.exists():
         subprocess.run([sys.executable, ROOT / "sgan_catsdogs.py", "--prepare", source,
                         "--labels-per-class", labels_per_class, "--split-seed", seed, *flags],

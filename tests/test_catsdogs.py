@@ -475,6 +475,8 @@ def test_two_processes_train_as_one(flags, tmp_path):
                 torch.testing.assert_close(weights[1][part][name], one, rtol=1e-3, atol=1e-4)
 
 
-def test_processes_must_share_a_batch_evenly(flags, monkeypatch, capsys):
+def test_processes_must_share_a_batch_evenly(flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sgan_catsdogs.start_processes", lambda device: (0, 2))  # as if of two
-    refused(capsys, ["--batch-size 15", "2 processes"], *flags, "--batch-size", 15, "--dry-run")
+    refused(capsys, ["--batch-size 15", "2 processes"], *flags, "--batch-size", 15,
+            "--out-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()

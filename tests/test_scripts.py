@@ -86,11 +86,7 @@ def call_main(name, *flags):
                 signal.signal(number, handler)
 
 
-def pet_folders(root):
-    return ["--labeled-dir", root / "labeled", "--unlabeled-dir", root / "train",
-            "--val-dir", root / "val", "--test-dir", root / "test"]
-
-
+pet_folders = sweep.photo_folders
 PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
 MNIST = ["--device", "cpu", "--batch-size", 50, "--warmup-steps", 20]
 SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-steps", 20]
