@@ -50,7 +50,7 @@ LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, 
 UNLABELED_PER_FAKE = 2
 TEACHER_START = 0.2  # share of a run before labels by the EMA classifier are trained on
 TEACHER_SHARE = 0.5  # of the unlabeled images, those that it labels at the end of a run
-CACHE_BYTES = 2 << 30  # unlabeled photos that take less, decoded, in all processes, are kept
+CACHE_BYTES = 2 << 30  # unlabeled or validation photos that take less, decoded, stay in memory
 SAVE_SECONDS = 600  # between two checkpoints within an epoch; one is written after each anyway
 
 
@@ -317,8 +317,12 @@ def main():
               + f"), {len(unl_files)} unlabeled, {len(val_files)} validation, "
               f"{len(test_files)} test")
 
-    def held_out(files, labels):  # batches for evaluation, in order, each image once
-        batches = dali_loader(files, labels, args.batch_size, args.image_size, device)
+    def held_out(files, labels, x=None):  # batches for evaluation, in order, each image once
+        if x is None:
+            batches = dali_loader(files, labels, args.batch_size, args.image_size, device)
+        else:
+            y = torch.tensor(labels, device=device)
+            batches = ((x_part, y[i]) for x_part, i in cached_loader(x, args.batch_size))
         return islice(batches, 2) if args.dry_run else batches
 
     classifier = Classifier(num_classes, args.image_size, args.real_logit).to(device)
@@ -367,13 +371,16 @@ def main():
         run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
         run.warn("leaks.csv", ("held out", "training"), leaks,
                  "validation or test images are training images too")
-    # Labeled photos, and unlabeled ones if there is room, are decoded once and stay on the device,
-    # (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come from DALI.
-    x_labeled, x_unlabeled = decode_all(lab_files, args.image_size, device), None
+    # Labeled photos, and validation and unlabeled ones if there is room, are decoded once and stay
+    # on the device, (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come
+    # from DALI, each time by a pipeline of its own, not all of whose memory malloc gives back.
+    x_labeled, x_val, x_unlabeled = decode_all(lab_files, args.image_size, device), None, None
     y_labeled = torch.tensor(lab_labels, device=device)
     started = time.perf_counter()  # by now DALI is loaded, which takes long the first time
-    room = world * len(unl_files) * 3 * args.image_size**2 <= CACHE_BYTES
-    if room and not (args.supervised_only or args.dry_run):
+    room = 0 if args.dry_run else CACHE_BYTES // (3 * args.image_size**2)  # for that many photos
+    if rank == 0 and len(val_files) <= room:
+        x_val = decode_all(val_files, args.image_size, device)
+    if unl_files and world * len(unl_files) <= room:
         x_unlabeled = decode_all(unl_files, args.image_size, device)
     stop, saved_at = stop_signal(), time.perf_counter()
 
@@ -505,8 +512,9 @@ def main():
                                                else args.batch_size)
             images_per_s = images_seen / (time.perf_counter() - epoch_started)
             with autocast:
-                val = evaluate(classifier, held_out(val_files, val_labels), num_classes)
-                val_ema = evaluate(classifier_ema, held_out(val_files, val_labels), num_classes)
+                val = evaluate(classifier, held_out(val_files, val_labels, x_val), num_classes)
+                val_ema = evaluate(classifier_ema, held_out(val_files, val_labels, x_val),
+                                   num_classes)
                 if not args.supervised_only:
                     save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
             for weights, scored in (("raw", val), ("ema", val_ema)):
