@@ -815,7 +815,7 @@ def plot_images(images: Tensor, captions: list, path, title="", wrong=()):
         axes.imshow(x.permute(1, 2, 0).clamp(0, 1).float().squeeze(-1), cmap="gray",
                     vmin=0, vmax=1, extent=(left, left + 0.9, top + 0.9, top))
         color = "red" if framed else "black"
-        axes.text(left + 0.45, top - 0.04, caption, fontsize=7, color=color, ha="center")
+        axes.text(left + 0.45, top - 0.07, caption, fontsize=7, color=color, ha="center")
         if framed:
             axes.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=color, linewidth=3))
     axes.axis("off")
