@@ -106,8 +106,8 @@ def parse_args():
     source.add_argument("--demo", action="store_true",
                         help="draw 2,000 small cartoon pets and train on them for a few minutes")
     args = parser.parse_args()
-    # The main job on other data: these become the defaults, flags still count. On drawings the GAN
-    # helps the more it weighs, on photos it does harm at that weight (README).
+    # The main job on other data: these become the defaults, flags still count. The GAN adds most to
+    # drawings at weight 1, which does harm on photos (README).
     if args.demo:
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
