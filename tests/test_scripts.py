@@ -1434,7 +1434,7 @@ def test_demo_trains_on_its_drawings_and_other_flags_still_count(tmp_path, monke
 def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call_main("tests.sweep", "--seeds", "3,4", "sgan_mnist.py", "--data-dir", mnist, *MNIST,
-              "--dry-run", "--supervised-only")
+              "--dry-run")
     results = [json.loads(path.read_text()) for path in Path("runs").glob("*/results.json")]
     assert {(result["seed"], result["split_seed"]) for result in results} == {(3, 3), (4, 4)}
     a, b = (100 * result["test_accuracy"] for result in results)
@@ -1448,7 +1448,7 @@ def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, tmp_path, monke
 def test_sweep_draws_photos_for_each_seed(archives, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     call_main("tests.sweep", "--seeds", 5, "--labels-per-class", 4, "--photos",
-              archives / "PetImages", "sgan_catsdogs.py", *PETS, "--dry-run", "--supervised-only")
+              archives / "PetImages", "sgan_catsdogs.py", *PETS, "--dry-run")
     [run] = Path("runs").iterdir()
     result = json.loads((run / "results.json").read_text())
     assert (result["split_seed"], result["seed"], result["num_labeled"]) == (5, 5, 8)
