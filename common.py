@@ -11,6 +11,7 @@ also the discriminator D(x) = Z / (Z + 1) (Salimans et al. 2016, arXiv:1606.0349
 import atexit
 import contextlib
 import csv
+import fcntl
 import functools
 import hashlib
 import io
@@ -22,9 +23,11 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 import warnings
+import zipfile
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,6 +40,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.datasets.utils import download_and_extract_archive
 from torchvision.utils import save_image
 from tqdm import tqdm
 
@@ -196,9 +200,9 @@ def stop_signal() -> threading.Event:
     return event
 
 
-def in_any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process; all of them get the same answer, without the GPU."""
-    return mean_over_processes(torch.tensor(float(flag))).item() > 0
+def in_any_process(*flags: bool) -> list:
+    """Of each flag whether it is set in any process; all get the same answers, without the GPU."""
+    return (mean_over_processes(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
 
 
 def same_everywhere(values) -> bool:
@@ -462,6 +466,24 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     return labeled, rest[:num_val], rest[num_val:]
 
 
+def fetch_archive(url, folder):
+    """Fetch a .zip and unpack its folder of that name, whole or not at all; if it is not there yet.
+
+    Errors: exit status 2, naming --download, if that fails.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+            download_and_extract_archive(url, folder.parent, unpacked)
+            os.replace(Path(unpacked, folder.name), folder)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        die(f"--download could not fetch and unpack {url} in {folder.parent} ({error}): "
+            "remove what is there of it, and try again")
+
+
 def draw_folders(images, classes, targets, sizes, seed: int):
     """The same for image files: draw them into new folders, of links or, without these, of copies.
 
@@ -593,6 +615,23 @@ def load_state(part, state: dict, path, flag: str):
         die(f"{flag}: {path} was written by a script with other networks; use that one")
 
 
+def run_to_resume(folder, parser):
+    """(checkpoint, args) of the unfinished run in a folder, whose flags become the parser's
+    defaults. Errors: exit status 2 if there is no whole checkpoint of such a run, or if a flag was
+    given that is not the run's."""
+    checkpoint = load_checkpoint(Path(folder, "last.pt"), "--resume", ["args", "step"])
+    if checkpoint["best_val"] >= 0 and not Path(folder, "best.pt").exists():
+        die(f"--resume {folder}: best.pt is missing there, which belongs to last.pt")
+    parser.set_defaults(**checkpoint["args"])
+    args = parser.parse_args()
+    for name, given in vars(args).items():
+        value = parser.get_default(name)
+        if given != value and name != "resume":
+            die(f"--resume {folder}: that run has --{name.replace('_', '-')} {value}, not "
+                f"{given}; leave the flag out, or start a new run")
+    return checkpoint, args
+
+
 def write_csv(path, rows: list):
     """rows: dictionaries, column -> value; a column that a row does not have stays empty."""
     text = io.StringIO()
@@ -616,6 +655,7 @@ class Run:
         self.config, self.rows = dict(config), list(rows)  # as given: a dry run changes some
         if resume:
             self.dir = Path(resume)
+            self.lock()
             for left in self.dir.glob(".*.tmp"):  # half-written when the run was killed
                 left.unlink()
             return
@@ -631,6 +671,17 @@ class Run:
                 die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
         with atomic(self.dir / "args.json") as tmp:
             tmp.write_text(json.dumps(config, indent=2, default=str) + "\n")
+        self.lock()
+
+    def lock(self):
+        """Until this process ends no other may resume the run: both would write the same files."""
+        self.locked = open(self.dir / "args.json", "a")
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            die(f"--resume {self.dir}: another process is still at work on that run")
+        except OSError:
+            pass  # a file system without locks
 
     def log(self, row: dict):
         """Add one evaluation to metrics.csv; row: column -> number, empty where a row has none."""
@@ -715,8 +766,10 @@ class StepMeans:
         return dict(zip(self.names, means))
 
     def state_dict(self) -> dict:
+        """For a checkpoint; of several processes each must call it, and gets the means over all."""
         self.check()  # nothing that is not finite goes into a checkpoint
-        return dict(vars(self))
+        values = list(mean_over_processes(torch.stack(self.values))) if self.values else []
+        return {**vars(self), "values": values}
 
     def load_state_dict(self, state: dict, device):
         vars(self).update(state, values=[value.to(device) for value in state["values"]])
@@ -798,6 +851,38 @@ def plot_predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_na
     captions = [class_names[guess] + (f", not {class_names[y]}" if framed else "")
                 for guess, y, framed in zip(predicted.tolist(), labels.tolist(), wrong)]
     plot_images(images, captions, path, title, wrong)
+
+
+def write_predictions(folder, files, probabilities: Tensor, real, class_names: list, image_size,
+                      device):
+    """predictions.csv, the least certain first, and contact_sheet.png, the least and the most
+    certain images of each class.
+
+    Args: the folder to write to; the paths of N images; p(y | x) (N, K) and D(x) (N,) of these, on
+    the CPU, D None if it was not trained; image_size and device to load the ones shown with.
+    """
+    sureness, predicted = probabilities.max(dim=1)
+    order = sureness.argsort()
+    rows = []
+    for i in order.tolist():
+        rows.append({"file": files[i], "class": class_names[predicted[i]],
+                     "probability": f"{sureness[i]:.4f}"})
+        if real is not None:
+            rows[-1]["looks_like_training"] = f"{real[i]:.4f}"
+    write_csv(folder / "predictions.csv", rows)
+
+    few = max(1, min(10, 100 // len(class_names)))
+    shown = []
+    for k in range(len(class_names)):
+        of_class = order[predicted[order] == k].tolist()
+        shown += of_class[:few] + of_class[few:][-few:]
+    batches = dali_loader([files[i] for i in shown], None, few, image_size, device)
+    plot_images(torch.cat([x.cpu() for x, _ in batches]),
+                [f"{class_names[predicted[i]]} {sureness[i]:.1%}" for i in shown],
+                folder / "contact_sheet.png", "of each class the least and the most certain")
+    counts = predicted.bincount(minlength=len(class_names)).tolist()
+    print(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))
+          + f": {folder / 'predictions.csv'}")
 
 
 def plot_images(images: Tensor, captions: list, path, title="", wrong=()):

@@ -21,9 +21,7 @@ import argparse
 import os
 import shlex
 import sys
-import tempfile
 import time
-import zipfile
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -31,19 +29,19 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import torchvision
 from torch import nn
 from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
 from common import (Run, StepMeans, average_gradients, bf16_autocast, cached_loader, check_images,
                     check_labeled, class_of, dali_loader, decode_all, die, draw_folders, drawn_by,
-                    errors_and_others, evaluate, fake_loss, float32_at_least, fool_loss,
-                    from_all_processes, in_any_process, labeled_loss, listing, load_checkpoint,
-                    load_state, mean_over_processes, not_negative, pick_device, plot_confusion,
-                    plot_curves, plot_images, plot_predictions, positive, random_state, real_logit,
-                    same_bytes, same_everywhere, save_samples, seed_everything, set_random_state,
-                    start_processes, stop_signal, unlabeled_loss, write_csv)
+                    errors_and_others, evaluate, fake_loss, fetch_archive, float32_at_least,
+                    fool_loss, from_all_processes, in_any_process, labeled_loss, listing,
+                    load_checkpoint, load_state, mean_over_processes, not_negative, pick_device,
+                    plot_confusion, plot_curves, plot_predictions, positive, random_state,
+                    real_logit, run_to_resume, same_bytes, same_everywhere, save_samples,
+                    seed_everything, set_random_state, start_processes, stop_signal, unlabeled_loss,
+                    write_predictions)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
@@ -115,16 +113,7 @@ def parse_args():
         args = parser.parse_args()
     checkpoint = None
     if args.resume:  # the run's own flags become the defaults; others given must agree with them
-        checkpoint = load_checkpoint(Path(args.resume, "last.pt"), "--resume", ["args", "step"])
-        if checkpoint["best_val"] >= 0 and not Path(args.resume, "best.pt").exists():
-            die(f"--resume {args.resume}: best.pt is missing there, which belongs to last.pt")
-        parser.set_defaults(**checkpoint["args"])
-        args = parser.parse_args()
-        for name, given in vars(args).items():
-            value = parser.get_default(name)
-            if given != value and name != "resume":
-                die(f"--resume {args.resume}: that run has --{name.replace('_', '-')} {value}, not "
-                    f"{given}; leave the flag out, or start a new run")
+        checkpoint, args = run_to_resume(args.resume, parser)
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     positive(epochs=args.epochs, batch_size=args.batch_size, image_size=args.image_size,
@@ -290,6 +279,8 @@ def main():
         draw_demo()
     device = pick_device(args.device)
     seed_everything(args.seed)
+
+    # ---- the four folders, checked before anything is written ----
     lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
     val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
     test_files, test_labels, _, bad_test = check_labeled(args.test_dir, "--test-dir", class_names)
@@ -327,6 +318,7 @@ def main():
             batches = ((x_part, y[i]) for x_part, i in cached_loader(x, args.batch_size))
         return islice(batches, 2) if args.dry_run else batches
 
+    # ---- networks, optimisers, and how many images and steps ----
     classifier = Classifier(num_classes, args.image_size, args.real_logit).to(device)
     classifier = classifier.to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
@@ -345,6 +337,8 @@ def main():
     labeled_batch = min(LABELED_BATCH, num_labeled) // world * world
     num_fakes = max(2, args.batch_size // UNLABELED_PER_FAKE)
     num_fakes = -(-num_fakes // world) * world  # as many in each process
+
+    # ---- the run's folder, and of one that goes on the state it was left in ----
     for_predict = {"class_names": class_names, "image_size": args.image_size,
                    "real_logit": args.real_logit,
                    "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
@@ -373,8 +367,10 @@ def main():
         run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
         run.warn("leaks.csv", ("held out", "training"), leaks,
                  "validation or test images are training images too")
-    # Labeled photos, and validation and unlabeled ones if there is room, are decoded once and stay
-    # on the device, (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come
+
+    # ---- photos ----
+    # Labeled ones, and validation and unlabeled ones if there is room, are decoded once and stay on
+    # the device, (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come
     # from DALI, each time by a pipeline of its own, not all of whose memory malloc gives back.
     x_labeled, x_val, x_unlabeled = decode_all(lab_files, args.image_size, device), None, None
     y_labeled = torch.tensor(lab_labels, device=device)
@@ -500,9 +496,14 @@ def main():
                             classifier.state_dict().values()):
             ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
 
-        stopping, epoch_ends = in_any_process(stop.is_set()), i + 1 == steps_per_epoch
+        epoch_ends = i + 1 == steps_per_epoch
+        stopping, save_due = in_any_process(stop.is_set(),
+                                            time.perf_counter() - saved_at > SAVE_SECONDS)
+        saving = epoch_ends or stopping or save_due
         if epoch_ends:
             means = losses.means()  # waits for the device
+        if saving:
+            losses_so_far, saved_at = losses.state_dict(), time.perf_counter()
         if rank > 0:  # the first process evaluates and writes; the others wait in their next step
             if stopping:
                 return
@@ -538,16 +539,14 @@ def main():
                        f"{images_per_s:.0f} images/s, {seconds:.0f} s")
             sys.stdout.flush()
 
-        # ---- a checkpoint from which --resume goes on as if nothing had happened (of several
-        # processes the losses until now are the first one's) ----
-        if epoch_ends or stopping or time.perf_counter() - saved_at > SAVE_SECONDS:
+        # ---- a checkpoint from which --resume goes on as if nothing had happened ----
+        if saving:
             run.save("last.pt", {
                 "args": config, "files": files, "step": step, "best_val": best_val,
-                "rows": run.rows, "losses": losses.state_dict(), "fixed_z": fixed_z,
+                "rows": run.rows, "losses": losses_so_far, "fixed_z": fixed_z,
                 "seconds": seconds_before + time.perf_counter() - started,
                 "random_state": random_state(),
                 **{name: part.state_dict() for name, part in saved_parts.items()}})
-            saved_at = time.perf_counter()
         if stopping and step < total_steps:
             launcher = "python"
             if world > 1:
@@ -603,36 +602,16 @@ def predict(args):
     run = Run(args.out_dir, "predict", vars(args))
     run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
 
-    def load(files):
-        return dali_loader(files, None, args.batch_size, image_size, device)
-
+    photos = dali_loader(files, None, args.batch_size, image_size, device)
     probabilities, real = [], []
     with torch.no_grad(), bf16_autocast(device):
-        for x, _ in tqdm(load(files), "batches", -(-len(files) // args.batch_size), disable=None):
+        for x, _ in tqdm(photos, "batches", -(-len(files) // args.batch_size), disable=None):
             logits, _, r = classifier(x)
             probabilities.append(logits.float().softmax(dim=1).cpu())  # (N, K)
             real.append(r.sigmoid().cpu())  # (N,) D(x)
-    sureness, predicted = torch.cat(probabilities).max(dim=1)
-    real, order = torch.cat(real), sureness.argsort()
-    rows = []
-    for i in order.tolist():
-        rows.append({"file": files[i], "class": class_names[predicted[i]],
-                     "probability": f"{sureness[i]:.4f}"})
-        if model["gan_weight"]:  # otherwise D was not trained
-            rows[-1]["looks_like_training"] = f"{real[i]:.4f}"
-    write_csv(run.dir / "predictions.csv", rows)
-
-    few = max(1, min(10, 100 // len(class_names)))
-    shown = []
-    for k in range(len(class_names)):
-        of_class = order[predicted[order] == k].tolist()
-        shown += of_class[:few] + of_class[few:][-few:]  # the least certain, the most certain
-    images = torch.cat([x.cpu() for x, _ in load([files[i] for i in shown])])
-    plot_images(images, [f"{class_names[predicted[i]]} {sureness[i]:.1%}" for i in shown],
-                run.dir / "contact_sheet.png", "of each class the least and the most certain")
-    counts = predicted.bincount(minlength=len(class_names)).tolist()
-    print(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))
-          + f": {run.dir / 'predictions.csv'}")
+    real = torch.cat(real) if model["gan_weight"] else None  # otherwise D was not trained
+    write_predictions(run.dir, files, torch.cat(probabilities), real, class_names, image_size,
+                      device)
 
 
 # ================================== making the four folders =======================================
@@ -653,16 +632,8 @@ def prepare(args):
         if target.exists():
             die(f"{target} exists already: name other folders by the flags, or remove it first if "
                 "it was made by an earlier --prepare")
-    if args.download and not source.is_dir():
-        try:
-            source.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=source.parent) as unpacked:  # whole, or not at all
-                torchvision.datasets.utils.download_and_extract_archive(ARCHIVE, source.parent,
-                                                                        unpacked)
-                os.replace(Path(unpacked, "PetImages"), source)
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-            die(f"--download could not fetch and unpack {ARCHIVE} in {source.parent} ({error}): "
-                "remove what is there of it, and try again")
+    if args.download:
+        fetch_archive(ARCHIVE, source)
     images, unusable = check_images(source, "--prepare")
     if unusable:
         print(f"{len(unusable)} files cannot be used and are left out" + listing(unusable))

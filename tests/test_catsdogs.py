@@ -355,6 +355,17 @@ def test_other_flags_than_those_of_the_run_are_refused(ended, flags, tmp_path, c
             "--constant-lr")
 
 
+def test_a_run_that_another_process_goes_on_with_is_refused(ended, tmp_path, capsys):
+    run = shutil.copytree(ended, tmp_path / "run")
+    lock = "import fcntl; f = open('args.json', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); input('held')"
+    with subprocess.Popen([sys.executable, "-c", lock], cwd=run, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        assert other.stdout.read(4) == b"held"
+        refused(capsys, ["--resume", run, "another process"], "--resume", run)
+        other.communicate(b"\n")
+    assert torch.load(run / "last.pt", weights_only=True)["step"] == 2  # as it was
+
+
 def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, capsys):
     refused(capsys, ["--resume", "last.pt"], "--resume", tmp_path)
     refused(capsys, ["--resume", "last.pt"], "--resume", whole)  # finished: nothing to resume
@@ -430,7 +441,9 @@ def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path
 # ======================================= several processes ========================================
 
 DRIVER = """
+import os
 import sys
+from types import SimpleNamespace
 import torch
 import sgan_catsdogs
 # Dropout masks are drawn by each process for its part. In float64, as the rounding of float32 grows
@@ -444,22 +457,34 @@ evaluate = sgan_catsdogs.evaluate
 sgan_catsdogs.evaluate = lambda classifier, batches, num_classes: evaluate(
     classifier, ((x.double(), y) for x, y in batches), num_classes)
 sgan_catsdogs.bf16_autocast = lambda device: torch.autocast(device.type, enabled=False)
+if os.environ.get("RANK") == "1" and "--resume" not in sys.argv:  # asked to stop after two steps
+    answers = iter([False, True])
+    sgan_catsdogs.stop_signal = lambda: SimpleNamespace(is_set=lambda: next(answers))
 sgan_catsdogs.main()
 """
 
 
-def test_two_processes_train_as_one(flags, tmp_path):
+def test_two_processes_train_as_one_even_if_stopped_and_resumed(flags, tmp_path):
     """The same global batches: losses, validation and batch-norm statistics agree by rounding."""
     (tmp_path / "driver.py").write_text(DRIVER)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    processes, rows, weights = [], [], []
-    for name, launcher in (("one", []), ("two", torchrun)):
-        command = [sys.executable, *launcher, tmp_path / "driver.py", *flags, "--epochs", 1,
-                   "--out-dir", tmp_path / name]
-        processes.append(subprocess.Popen(list(map(str, command)), env=environment, text=True,
-                                          stdout=subprocess.PIPE, stderr=subprocess.PIPE))
-    for name, process in zip(("one", "two"), processes):
+
+    def start(launcher, *flags):
+        return subprocess.Popen([str(part) for part in (sys.executable, *launcher,
+                                                        tmp_path / "driver.py", *flags)],
+                                env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
+                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    flags = [*flags, "--epochs", 1, "--out-dir"]
+    one, two = start([], *flags, tmp_path / "one"), start(torchrun, *flags, tmp_path / "two")
+    _, errors = two.communicate(timeout=300)
+    [run] = (tmp_path / "two").iterdir()
+    assert f"stopped after step 2 of {STEPS_PER_EPOCH}; to go on: torchrun --nproc-per-node 2 " \
+           f"sgan_catsdogs.py --resume {run}" in errors
+    assert not (run / "metrics.csv").exists()  # the losses of these steps are in the checkpoint
+    two = start(torchrun, "--resume", run)
+    rows, weights = [], []
+    for name, process in (("one", one), ("two", two)):
         output, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
         assert output.count("RESULT") == 1  # of the first process alone
