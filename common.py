@@ -348,6 +348,24 @@ def same_bytes(held_out, training) -> dict:
     return leaks
 
 
+def fetch_archive(url, inner, folder):
+    """Fetch a .zip and make its folder `inner` the given one, whole or not at all.
+
+    Does nothing if that is there already. Errors: exit status 2, naming --download, if it fails.
+    """
+    folder = Path(folder)
+    if folder.is_dir():
+        return
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
+            download_and_extract_archive(url, folder.parent, unpacked)
+            os.replace(Path(unpacked, inner), folder)
+    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        die(f"--download could not fetch and unpack {url} in {folder.parent} ({error}): "
+            "remove what is there of it, and try again")
+
+
 # ====================================== image files with DALI =====================================
 
 
@@ -464,24 +482,6 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     labeled = torch.cat([labeled, others(labeled)[: num_labeled - len(labeled)]])
     rest = others(labeled)
     return labeled, rest[:num_val], rest[num_val:]
-
-
-def fetch_archive(url, folder):
-    """Fetch a .zip and unpack its folder of that name, whole or not at all; if it is not there yet.
-
-    Errors: exit status 2, naming --download, if that fails.
-    """
-    folder = Path(folder)
-    if folder.is_dir():
-        return
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent) as unpacked:
-            download_and_extract_archive(url, folder.parent, unpacked)
-            os.replace(Path(unpacked, folder.name), folder)
-    except (OSError, RuntimeError, zipfile.BadZipFile) as error:
-        die(f"--download could not fetch and unpack {url} in {folder.parent} ({error}): "
-            "remove what is there of it, and try again")
 
 
 def draw_folders(images, classes, targets, sizes, seed: int):
@@ -615,10 +615,37 @@ def load_state(part, state: dict, path, flag: str):
         die(f"{flag}: {path} was written by a script with other networks; use that one")
 
 
+_locked = []  # files that stay open and locked until this process ends
+
+
+def lock_run(folder):
+    """From now on no other process may resume the run in a folder: both would write its files.
+
+    To close another handle of the locked file, args.json, would end the lock: leave it alone.
+    Errors: exit status 2 if another process has the lock.
+    """
+    try:
+        file = open(Path(folder, "args.json"), "r+")
+    except OSError:
+        return  # there is no run; load_checkpoint will say so
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):  # either is what systems answer
+        die(f"--resume {folder}: another process is still at work on that run")
+    except OSError:
+        return  # a file system without locks
+    _locked.append(file)
+
+
 def run_to_resume(folder, parser):
     """(checkpoint, args) of the unfinished run in a folder, whose flags become the parser's
-    defaults. Errors: exit status 2 if there is no whole checkpoint of such a run, or if a flag was
-    given that is not the run's."""
+    defaults.
+
+    Errors: exit status 2 if there is no whole checkpoint of such a run, if another process is still
+    at work on it, or if a flag was given that is not the run's.
+    """
+    if int(os.environ.get("RANK", 0)) == 0:  # the one process that writes
+        lock_run(folder)
     checkpoint = load_checkpoint(Path(folder, "last.pt"), "--resume", ["args", "step"])
     if checkpoint["best_val"] >= 0 and not Path(folder, "best.pt").exists():
         die(f"--resume {folder}: best.pt is missing there, which belongs to last.pt")
@@ -655,7 +682,6 @@ class Run:
         self.config, self.rows = dict(config), list(rows)  # as given: a dry run changes some
         if resume:
             self.dir = Path(resume)
-            self.lock()
             for left in self.dir.glob(".*.tmp"):  # half-written when the run was killed
                 left.unlink()
             return
@@ -671,17 +697,7 @@ class Run:
                 die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
         with atomic(self.dir / "args.json") as tmp:
             tmp.write_text(json.dumps(config, indent=2, default=str) + "\n")
-        self.lock()
-
-    def lock(self):
-        """Until this process ends no other may resume the run: both would write the same files."""
-        self.locked = open(self.dir / "args.json", "a")
-        try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            die(f"--resume {self.dir}: another process is still at work on that run")
-        except OSError:
-            pass  # a file system without locks
+        lock_run(self.dir)
 
     def log(self, row: dict):
         """Add one evaluation to metrics.csv; row: column -> number, empty where a row has none."""
@@ -853,13 +869,13 @@ def plot_predictions(images: Tensor, labels: Tensor, predicted: Tensor, class_na
     plot_images(images, captions, path, title, wrong)
 
 
-def write_predictions(folder, files, probabilities: Tensor, real, class_names: list, image_size,
+def write_predictions(folder, files, probabilities: Tensor, p_real, class_names: list, image_size,
                       device):
     """predictions.csv, the least certain first, and contact_sheet.png, the least and the most
     certain images of each class.
 
-    Args: the folder to write to; the paths of N images; p(y | x) (N, K) and D(x) (N,) of these, on
-    the CPU, D None if it was not trained; image_size and device to load the ones shown with.
+    Args: the folder to write to; the paths of N images; their p(y | x) (N, K) and D(x) (N,), on the
+    CPU, None in place of D if it was not trained; image_size and device to load the ones shown.
     """
     sureness, predicted = probabilities.max(dim=1)
     order = sureness.argsort()
@@ -867,8 +883,8 @@ def write_predictions(folder, files, probabilities: Tensor, real, class_names: l
     for i in order.tolist():
         rows.append({"file": files[i], "class": class_names[predicted[i]],
                      "probability": f"{sureness[i]:.4f}"})
-        if real is not None:
-            rows[-1]["looks_like_training"] = f"{real[i]:.4f}"
+        if p_real is not None:
+            rows[-1]["looks_like_training"] = f"{p_real[i]:.4f}"
     write_csv(folder / "predictions.csv", rows)
 
     few = max(1, min(10, 100 // len(class_names)))
@@ -876,9 +892,8 @@ def write_predictions(folder, files, probabilities: Tensor, real, class_names: l
     for k in range(len(class_names)):
         of_class = order[predicted[order] == k].tolist()
         shown += of_class[:few] + of_class[few:][-few:]
-    batches = dali_loader([files[i] for i in shown], None, few, image_size, device)
-    plot_images(torch.cat([x.cpu() for x, _ in batches]),
-                [f"{class_names[predicted[i]]} {sureness[i]:.1%}" for i in shown],
+    images, _ = next(dali_loader([files[i] for i in shown], None, len(shown), image_size, device))
+    plot_images(images, [f"{class_names[predicted[i]]} {sureness[i]:.1%}" for i in shown],
                 folder / "contact_sheet.png", "of each class the least and the most certain")
     counts = predicted.bincount(minlength=len(class_names)).tolist()
     print(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))

@@ -347,8 +347,8 @@ def main():
                    "generator": generator, "opt_g": opt_g}
     files = [f"{path}, {path.stat().st_size} bytes"
              for path in lab_files + val_files + test_files + unl_files]
-    if not same_everywhere(files):
-        die("the processes do not all find the same images in the folders")
+    if not same_everywhere([files, checkpoint and checkpoint["step"]]):
+        die("the processes do not all find the same images in the folders, or the same last.pt")
     if args.resume:
         if checkpoint["files"] != files:
             die(f"--resume {args.resume}: the folders do not hold the images that run began with; "
@@ -502,7 +502,7 @@ def main():
         saving = epoch_ends or stopping or save_due
         if epoch_ends:
             means = losses.means()  # waits for the device
-        if saving:
+        if saving:  # in every process, as these are means over all of them
             losses_so_far, saved_at = losses.state_dict(), time.perf_counter()
         if rank > 0:  # the first process evaluates and writes; the others wait in their next step
             if stopping:
@@ -603,14 +603,14 @@ def predict(args):
     run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
 
     photos = dali_loader(files, None, args.batch_size, image_size, device)
-    probabilities, real = [], []
+    probabilities, p_real = [], []
     with torch.no_grad(), bf16_autocast(device):
         for x, _ in tqdm(photos, "batches", -(-len(files) // args.batch_size), disable=None):
             logits, _, r = classifier(x)
             probabilities.append(logits.float().softmax(dim=1).cpu())  # (N, K)
-            real.append(r.sigmoid().cpu())  # (N,) D(x)
-    real = torch.cat(real) if model["gan_weight"] else None  # otherwise D was not trained
-    write_predictions(run.dir, files, torch.cat(probabilities), real, class_names, image_size,
+            p_real.append(r.sigmoid().cpu())  # (N,) D(x)
+    p_real = torch.cat(p_real) if model["gan_weight"] else None  # otherwise D was not trained
+    write_predictions(run.dir, files, torch.cat(probabilities), p_real, class_names, image_size,
                       device)
 
 
@@ -633,7 +633,7 @@ def prepare(args):
             die(f"{target} exists already: name other folders by the flags, or remove it first if "
                 "it was made by an earlier --prepare")
     if args.download:
-        fetch_archive(ARCHIVE, source)
+        fetch_archive(ARCHIVE, "PetImages", source)
     images, unusable = check_images(source, "--prepare")
     if unusable:
         print(f"{len(unusable)} files cannot be used and are left out" + listing(unusable))

@@ -1,4 +1,8 @@
-"""Small data sets in the native formats of the real ones, generated once a session."""
+"""Small data sets in the native formats of the real ones, and whole runs of the scripts on them.
+
+Both are made once a session. The runs are processes of their own, which begin with the session and
+go on beside the tests of other things, two at a time; the tests that look at them come last.
+"""
 
 import os
 
@@ -6,13 +10,33 @@ import os
 # small as these, threads that wait for each other cost more than they bring.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import contextlib
+import csv
+import json
+import shutil
 import struct
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from scipy.io import savemat
+import torch
+from scipy.io import loadmat, savemat
 
+from common import balanced_split
 from tests.cartoons import write_pets
+from tests.sweep import photo_folders as pet_folders
+
+ROOT = Path(__file__).resolve().parent.parent
+PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
+MNIST = ["--device", "cpu", "--batch-size", 50, "--warmup-steps", 20]
+SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-steps", 20]
+
+# ======================================== small data sets =========================================
 
 
 def striped_images(labels, side, rng):
@@ -92,3 +116,173 @@ def pets(tmp_path_factory):
     write_pets(root / "val", 8, seed=3, size=40)
     write_pets(root / "test", 15, seed=4, size=40)
     return root
+
+
+# ========================================= whole runs =============================================
+
+
+class Runs:
+    """Runs of {key: (name, *flags)}, each in folder/key; runs[key] is an outcome.
+
+    They go on in the background, two at a time in a pool of threads; to look at one is to wait for
+    it. A session that ends early ends them.
+    """
+
+    beside = ThreadPoolExecutor(2)  # for those that begin with the session
+    starting = threading.Lock()  # held while a process begins
+    processes, over = [], False
+
+    def __init__(self, jobs, folder, pool=None):
+        self.folder, pool = folder, pool or ThreadPoolExecutor(2)
+        self.started = {key: pool.submit(self.run, *job, cwd=folder / key)
+                        for key, job in jobs.items()}
+
+    def run(self, name, *flags, cwd):
+        """Run a script in the folder cwd; its CompletedProcess holds text."""
+        cwd.mkdir(parents=True)
+        with self.starting:
+            if Runs.over:
+                raise RuntimeError("the session has ended")
+            process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *map(str, flags)],
+                                       cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                       text=True)
+            self.processes.append(process)
+        try:
+            output = process.communicate(timeout=900)
+        finally:
+            process.kill()  # of no effect on one that has ended
+        return subprocess.CompletedProcess(process.args, process.returncode, *output)
+
+    def completed(self, key):
+        return self.started[key].result()
+
+    def __getitem__(self, key):
+        """What a successful run left: its RESULT, its folder, metrics and checkpoints."""
+        completed = self.completed(key)
+        assert completed.returncode == 0, completed.stderr
+        last = completed.stdout.splitlines()[-1]
+        assert last.startswith("RESULT {")
+        [folder] = (self.folder / key / "runs").iterdir()
+        with open(folder / "metrics.csv", newline="") as f:
+            rows = list(csv.DictReader(f))
+        checkpoints = {path.stem: torch.load(path, weights_only=True)
+                       for path in folder.glob("*.pt")}
+        return SimpleNamespace(results=json.loads(last.removeprefix("RESULT ")), folder=folder,
+                               stderr=completed.stderr, rows=rows, **checkpoints)
+
+
+def runs_of(item):
+    """The fixtures of whole runs that a test looks at."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    data = parameters["run"][0] if "run" in parameters else parameters.get("data")
+    return {name for name in ("mnist_runs", "svhn_runs", "pets_runs", "rings_runs")
+            if name in item.fixturenames or name == f"{data}_runs"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: bool(runs_of(item)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def begin_whole_runs(request):
+    for name in sorted(set().union(*map(runs_of, request.session.items))):
+        with contextlib.suppress(Exception):  # the tests that look at them fail by it
+            request.getfixturevalue(name)
+    yield
+    with Runs.starting:
+        Runs.over = True
+        for process in Runs.processes:
+            process.kill()
+
+
+def with_other_hidden_labels(labels, num_val):
+    """Labels (N,) of which each is changed that neither training nor validation may see."""
+    labels = torch.from_numpy(labels.astype(np.int64))
+    labeled, val, unlabeled = balanced_split(labels, 100, num_val, 10, seed=0)
+    changed = labels.clone()
+    changed[unlabeled] = (labels[unlabeled] + torch.randint(1, 10, unlabeled.shape)) % 10
+    # the draw is by class, but these images come after the drawn ones: it is the same
+    for part, same in zip(balanced_split(changed, 100, num_val, 10, seed=0),
+                          (labeled, val, unlabeled)):
+        assert part.tolist() == same.tolist()
+    assert (changed != labels).sum() == len(unlabeled) == len(labels) - 100 - num_val > 0
+    return changed.numpy()
+
+
+@pytest.fixture(scope="session")
+def mnist_relabeled(mnist, tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("relabeled")
+    shutil.copytree(mnist, data_dir, dirs_exist_ok=True)
+    path = data_dir / "MNIST/raw/train-labels-idx1-ubyte"
+    labels = np.frombuffer(path.read_bytes()[8:], np.uint8)
+    write_idx(path, with_other_hidden_labels(labels, num_val=400))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def svhn_relabeled(svhn, tmp_path_factory):
+    data_dir = tmp_path_factory.mktemp("relabeled")
+    shutil.copytree(svhn, data_dir, dirs_exist_ok=True)
+    path = data_dir / "SVHN/train_32x32.mat"
+    data = loadmat(path)
+    labels = with_other_hidden_labels(data["y"].flatten() % 10, num_val=300)
+    savemat(path, {"X": data["X"], "y": mat_labels(labels)})
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def mnist_runs(mnist, mnist_relabeled, tmp_path_factory):
+    sgan = ["sgan_mnist", *MNIST, "--epochs", 2]
+    jobs = {"sgan": [*sgan, "--data-dir", mnist],
+            "other seed": [*sgan, "--data-dir", mnist, "--seed", 1],
+            "relabeled": [*sgan, "--data-dir", mnist_relabeled],
+            "supervised": [*sgan, "--data-dir", mnist, "--supervised-only", "--split-seed", 7]}
+    return Runs(jobs, tmp_path_factory.mktemp("mnist_runs"), Runs.beside)
+
+
+@pytest.fixture(scope="session")
+def svhn_runs(svhn, svhn_relabeled, tmp_path_factory):
+    sgan = ["sgan_svhn", *SVHN, "--epochs", 1]
+    jobs = {"sgan": [*sgan, "--data-dir", svhn],
+            "relabeled": [*sgan, "--data-dir", svhn_relabeled],
+            "supervised": [*sgan, "--data-dir", svhn, "--supervised-only", "--seed", 5]}
+    return Runs(jobs, tmp_path_factory.mktemp("svhn_runs"), Runs.beside)
+
+
+@pytest.fixture(scope="session")
+def flat_pets(pets, tmp_path_factory):
+    """The pets and a third class, told by flat names; the unlabeled ones claim classes."""
+    root = tmp_path_factory.mktemp("flat_pets")
+    for part in ("labeled", "val", "test"):
+        (root / part).mkdir()
+        for path in sorted((pets / part).rglob("*.jpg")):
+            number, name = int(path.stem), path.parent.name
+            shutil.copy(path, root / part / (f"cat.{number}.jpg" if name == "cat" else
+                                             f"dog_{number}.jpg"))
+            shutil.copy(path, root / part / f"zebra{number}.jpg")
+    for n, path in enumerate(sorted((pets / "train").iterdir())):  # the order stays
+        target = root / "train" / ("cat" if n < 24 else "dog") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return root
+
+
+@pytest.fixture(scope="session")
+def pets_runs(pets, flat_pets, tmp_path_factory):
+    sgan = ["sgan_catsdogs", *PETS, "--epochs", 1]
+    jobs = {"sgan": [*sgan, *pet_folders(pets)],
+            "other seed": [*sgan, *pet_folders(pets), "--seed", 1],
+            "relabeled": [*sgan, *pet_folders(pets), "--unlabeled-dir", flat_pets / "train"],
+            "flat": [*sgan, *pet_folders(flat_pets)],
+            "supervised": [*sgan, *pet_folders(pets), "--supervised-only",
+                           "--unlabeled-dir", "nowhere"]}
+    return Runs(jobs, tmp_path_factory.mktemp("pets_runs"), Runs.beside)
+
+
+@pytest.fixture(scope="session")
+def rings_runs(tmp_path_factory):
+    """The same short run twice, and a baseline of another seed."""
+    short = ["toy_rings", "--epochs", 1, "--device", "cpu"]
+    return Runs({"first": [*short, "--seed", 3], "again": [*short, "--seed", 3],
+                 "other": [*short, "--seed", 4, "--supervised-only"]},
+                tmp_path_factory.mktemp("rings_runs"), Runs.beside)

@@ -1,5 +1,6 @@
 """sgan_catsdogs.py as a job to be trusted: bad files, leaks, runs that are killed, prediction."""
 
+import contextlib
 import csv
 import json
 import os
@@ -21,8 +22,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import common
 from common import (cached_loader, check_images, dali_loader, decode_all, draw_folders,
                     same_bytes, why_unusable)
-from tests.test_scripts import (CPU, PETS, ROOT, assert_refused, call_main,
-                                new_classifier, pet_folders, same_bits)
+from tests.conftest import PETS, ROOT, Runs, pet_folders
+from tests.test_scripts import CPU, assert_refused, call_main, new_classifier, same_bits
 
 # ========================================= image files ============================================
 
@@ -315,10 +316,11 @@ def test_a_full_disk_keeps_the_checkpoint_before(flags, whole, tmp_path):
     def fill():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 10**6, limits[1]))
 
-    try:
-        run, message = end_at(STEPS_PER_EPOCH + 1, fill, flags, tmp_path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Runs.starting:  # no other process is to begin with that limit
+        try:
+            run, message = end_at(STEPS_PER_EPOCH + 1, fill, flags, tmp_path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert message.startswith(f"stopped: {run / 'last.pt'} cannot be written")
     assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
     assert torch.load(run / "last.pt", weights_only=True)["step"] == STEPS_PER_EPOCH
@@ -355,11 +357,20 @@ def test_other_flags_than_those_of_the_run_are_refused(ended, flags, tmp_path, c
             "--constant-lr")
 
 
-def test_a_run_that_another_process_goes_on_with_is_refused(ended, tmp_path, capsys):
-    run = shutil.copytree(ended, tmp_path / "run")
-    lock = "import fcntl; f = open('args.json', 'a'); fcntl.lockf(f, fcntl.LOCK_EX); input('held')"
-    with subprocess.Popen([sys.executable, "-c", lock], cwd=run, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as other:
+def test_a_run_that_another_process_is_at_work_on_is_refused(flags, tmp_path, capsys):
+    """Of two processes the one that began the run has it, until it ends."""
+    lock = [sys.executable, "-c", "import fcntl; f = open('args.json', 'r+'); "
+            "fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); input('held')"]
+
+    def end():
+        [run] = (tmp_path / "runs").iterdir()
+        other = subprocess.run(lock, cwd=run, capture_output=True, text=True)
+        assert "BlockingIOError" in other.stderr or "PermissionError" in other.stderr
+        os.kill(os.getpid(), signal.SIGINT)
+
+    run, _ = end_at(2, end, flags, tmp_path / "runs")
+    run = shutil.copytree(run, tmp_path / "run")  # the lock on the other is this process's
+    with subprocess.Popen(lock, cwd=run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout.read(4) == b"held"
         refused(capsys, ["--resume", run, "another process"], "--resume", run)
         other.communicate(b"\n")
@@ -456,6 +467,7 @@ sgan_catsdogs.augment = lambda x, *args: augment(x.double(), *args)
 evaluate = sgan_catsdogs.evaluate
 sgan_catsdogs.evaluate = lambda classifier, batches, num_classes: evaluate(
     classifier, ((x.double(), y) for x, y in batches), num_classes)
+sgan_catsdogs.SAVE_SECONDS = 0  # checkpoints within the epoch change nothing
 sgan_catsdogs.bf16_autocast = lambda device: torch.autocast(device.type, enabled=False)
 if os.environ.get("RANK") == "1" and "--resume" not in sys.argv:  # asked to stop after two steps
     answers = iter([False, True])
@@ -469,25 +481,29 @@ def test_two_processes_train_as_one_even_if_stopped_and_resumed(flags, tmp_path)
     (tmp_path / "driver.py").write_text(DRIVER)
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 
-    def start(launcher, *flags):
-        return subprocess.Popen([str(part) for part in (sys.executable, *launcher,
-                                                        tmp_path / "driver.py", *flags)],
-                                env={**os.environ, "PYTHONPATH": str(ROOT)}, text=True,
-                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    with contextlib.ExitStack() as at_the_end:
+        def start(launcher, *flags):
+            command = [sys.executable, *launcher, tmp_path / "driver.py", *flags]
+            process = subprocess.Popen(list(map(str, command)), text=True,
+                                       env={**os.environ, "PYTHONPATH": str(ROOT)},
+                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            at_the_end.callback(process.terminate)
+            return process
 
-    flags = [*flags, "--epochs", 1, "--out-dir"]
-    one, two = start([], *flags, tmp_path / "one"), start(torchrun, *flags, tmp_path / "two")
-    _, errors = two.communicate(timeout=300)
-    [run] = (tmp_path / "two").iterdir()
-    assert f"stopped after step 2 of {STEPS_PER_EPOCH}; to go on: torchrun --nproc-per-node 2 " \
-           f"sgan_catsdogs.py --resume {run}" in errors
-    assert not (run / "metrics.csv").exists()  # the losses of these steps are in the checkpoint
-    two = start(torchrun, "--resume", run)
+        flags = [*flags, "--epochs", 1, "--out-dir"]
+        one, two = start([], *flags, tmp_path / "one"), start(torchrun, *flags, tmp_path / "two")
+        _, errors = two.communicate(timeout=300)
+        assert two.returncode == 1, errors
+        [run] = (tmp_path / "two").iterdir()
+        assert (f"stopped after step 2 of {STEPS_PER_EPOCH}; to go on: torchrun --nproc-per-node 2 "
+                f"sgan_catsdogs.py --resume {run}") in errors
+        assert not (run / "metrics.csv").exists()  # the losses so far are in the checkpoint
+        for process in (one, start(torchrun, "--resume", run)):
+            output, errors = process.communicate(timeout=300)
+            assert process.returncode == 0, errors
+            assert output.count("RESULT") == 1  # of the first process alone
     rows, weights = [], []
-    for name, process in (("one", one), ("two", two)):
-        output, errors = process.communicate(timeout=300)
-        assert process.returncode == 0, errors
-        assert output.count("RESULT") == 1  # of the first process alone
+    for name in ("one", "two"):
         [run] = (tmp_path / name).iterdir()
         [row] = read_csv(run / "metrics.csv")
         rows.append({column: float(value) for column, value in row.items() if value})

@@ -1,6 +1,6 @@
 """The scripts from end to end, on small generated data in the formats of the real ones.
 
-Whole runs are processes of their own, two at a time. What needs a look inside a training step, and
+Whole runs are processes of their own (conftest.py). What needs a look inside a training step, and
 bad input, calls a script's main() here instead; nothing in the scripts is replaced for that.
 """
 
@@ -13,11 +13,9 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -33,45 +31,13 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook,
 from common import balanced_split, bf16_autocast, dali_loader
 from tests import sweep
 from tests.cartoons import draw_dataset
-from tests.conftest import mat_labels, write_idx, write_mnist, write_svhn
+from tests.conftest import (MNIST, PETS, SVHN, Runs, mat_labels, pet_folders, write_idx,
+                            write_mnist, write_svhn)
 
-ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 DIGITS = ["sgan_mnist", "sgan_svhn"]
 SCRIPTS = [*DIGITS, "sgan_catsdogs"]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-
-
-def run_script(name, *flags, cwd):
-    """Run a script as a process of its own in the folder cwd; its CompletedProcess holds text."""
-    cwd.mkdir(parents=True, exist_ok=True)
-    return subprocess.run([sys.executable, ROOT / f"{name}.py", *map(str, flags)], cwd=cwd,
-                          capture_output=True, text=True, timeout=600)
-
-
-class Runs:
-    """Runs of {key: (name, *flags)}, two at a time, each in folder/key; runs[key] is an outcome."""
-
-    def __init__(self, jobs, folder):
-        self.folder = folder
-        with ThreadPoolExecutor(2) as pool:
-            started = {key: pool.submit(run_script, *job, cwd=folder / key)
-                       for key, job in jobs.items()}
-        self.completed = {key: process.result() for key, process in started.items()}
-
-    def __getitem__(self, key):
-        """What a successful run left: its RESULT, its folder, metrics and checkpoints."""
-        completed = self.completed[key]
-        assert completed.returncode == 0, completed.stderr
-        last = completed.stdout.splitlines()[-1]
-        assert last.startswith("RESULT {")
-        [folder] = (self.folder / key / "runs").iterdir()
-        with open(folder / "metrics.csv", newline="") as f:
-            rows = list(csv.DictReader(f))
-        checkpoints = {path.stem: torch.load(path, weights_only=True)
-                       for path in folder.glob("*.pt")}
-        return SimpleNamespace(results=json.loads(last.removeprefix("RESULT ")), folder=folder,
-                               stderr=completed.stderr, rows=rows, **checkpoints)
 
 
 def call_main(name, *flags):
@@ -86,97 +52,7 @@ def call_main(name, *flags):
                 signal.signal(number, handler)
 
 
-pet_folders = sweep.photo_folders
-PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
-MNIST = ["--device", "cpu", "--batch-size", 50, "--warmup-steps", 20]
-SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-steps", 20]
-
-
 # ========================================= whole runs =============================================
-
-
-def with_other_hidden_labels(labels, num_val):
-    """Labels (N,) of which each is changed that neither training nor validation may see."""
-    labels = torch.from_numpy(labels.astype(np.int64))
-    labeled, val, unlabeled = balanced_split(labels, 100, num_val, 10, seed=0)
-    changed = labels.clone()
-    changed[unlabeled] = (labels[unlabeled] + torch.randint(1, 10, unlabeled.shape)) % 10
-    # the draw is by class, but these images come after the drawn ones: it is the same
-    for part, same in zip(balanced_split(changed, 100, num_val, 10, seed=0),
-                          (labeled, val, unlabeled)):
-        assert part.tolist() == same.tolist()
-    assert (changed != labels).sum() == len(unlabeled) == len(labels) - 100 - num_val > 0
-    return changed.numpy()
-
-
-@pytest.fixture(scope="session")
-def mnist_relabeled(mnist, tmp_path_factory):
-    data_dir = tmp_path_factory.mktemp("relabeled")
-    shutil.copytree(mnist, data_dir, dirs_exist_ok=True)
-    path = data_dir / "MNIST/raw/train-labels-idx1-ubyte"
-    labels = np.frombuffer(path.read_bytes()[8:], np.uint8)
-    write_idx(path, with_other_hidden_labels(labels, num_val=400))
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def svhn_relabeled(svhn, tmp_path_factory):
-    data_dir = tmp_path_factory.mktemp("relabeled")
-    shutil.copytree(svhn, data_dir, dirs_exist_ok=True)
-    path = data_dir / "SVHN/train_32x32.mat"
-    data = loadmat(path)
-    labels = with_other_hidden_labels(data["y"].flatten() % 10, num_val=300)
-    savemat(path, {"X": data["X"], "y": mat_labels(labels)})
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def mnist_runs(mnist, mnist_relabeled, tmp_path_factory):
-    sgan = ["sgan_mnist", *MNIST, "--epochs", 2]
-    jobs = {"sgan": [*sgan, "--data-dir", mnist],
-            "other seed": [*sgan, "--data-dir", mnist, "--seed", 1],
-            "relabeled": [*sgan, "--data-dir", mnist_relabeled],
-            "supervised": [*sgan, "--data-dir", mnist, "--supervised-only", "--split-seed", 7]}
-    return Runs(jobs, tmp_path_factory.mktemp("mnist_runs"))
-
-
-@pytest.fixture(scope="session")
-def svhn_runs(svhn, svhn_relabeled, tmp_path_factory):
-    sgan = ["sgan_svhn", *SVHN, "--epochs", 1]
-    jobs = {"sgan": [*sgan, "--data-dir", svhn],
-            "relabeled": [*sgan, "--data-dir", svhn_relabeled],
-            "supervised": [*sgan, "--data-dir", svhn, "--supervised-only", "--seed", 5]}
-    return Runs(jobs, tmp_path_factory.mktemp("svhn_runs"))
-
-
-@pytest.fixture(scope="session")
-def flat_pets(pets, tmp_path_factory):
-    """The pets and a third class, told by flat names; the unlabeled ones claim classes."""
-    root = tmp_path_factory.mktemp("flat_pets")
-    for part in ("labeled", "val", "test"):
-        (root / part).mkdir()
-        for path in sorted((pets / part).rglob("*.jpg")):
-            number, name = int(path.stem), path.parent.name
-            shutil.copy(path, root / part / (f"cat.{number}.jpg" if name == "cat" else
-                                             f"dog_{number}.jpg"))
-            shutil.copy(path, root / part / f"zebra{number}.jpg")
-    for n, path in enumerate(sorted((pets / "train").iterdir())):  # the order stays
-        target = root / "train" / ("cat" if n < 24 else "dog") / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    return root
-
-
-@pytest.fixture(scope="session")
-def pets_runs(pets, flat_pets, tmp_path_factory):
-    sgan = ["sgan_catsdogs", *PETS, "--epochs", 1]
-    jobs = {"sgan": [*sgan, *pet_folders(pets)],
-            "other seed": [*sgan, *pet_folders(pets), "--seed", 1],
-            "relabeled": [*sgan, *pet_folders(pets), "--unlabeled-dir", flat_pets / "train"],
-            "flat": [*sgan, *pet_folders(flat_pets)],
-            "supervised": [*sgan, *pet_folders(pets), "--supervised-only",
-                           "--unlabeled-dir", "nowhere"]}
-    return Runs(jobs, tmp_path_factory.mktemp("pets_runs"))
 
 
 RUNS = [("mnist", "sgan"), ("mnist", "supervised"), ("svhn", "sgan"), ("svhn", "supervised"),
@@ -1224,14 +1100,15 @@ def test_refusals_and_failures_of_real_processes(mnist, tmp_path):
              "--warmup-steps", 0, "--supervised-only"]
     runs = Runs({"sgan_mnist": ["sgan_mnist", "--data-dir", mnist, "--num-labeled", 15],
                  "sgan_catsdogs": ["sgan_catsdogs", "--labeled-dir", "nowhere"],
-                 "lost": ["sgan_mnist", *flags]}, tmp_path).completed
-    lost = runs.pop("lost")
+                 "lost": ["sgan_mnist", *flags]}, tmp_path)
+    lost = runs.completed("lost")
     for name, word in (("sgan_mnist", "--num-labeled"),
                        ("sgan_catsdogs", "--labeled-dir nowhere")):
-        assert runs[name].returncode == 2
-        assert len(runs[name].stderr.splitlines()) == 1
-        assert runs[name].stderr.startswith("error: ") and word in runs[name].stderr
-        assert runs[name].stdout == "" and list((tmp_path / name).iterdir()) == []
+        refused = runs.completed(name)
+        assert refused.returncode == 2
+        assert len(refused.stderr.splitlines()) == 1
+        assert refused.stderr.startswith("error: ") and word in refused.stderr
+        assert refused.stdout == "" and list((tmp_path / name).iterdir()) == []
 
     # One step an epoch: the first loss is finite, that of the weights it leads to is not.
     assert lost.returncode == 1
