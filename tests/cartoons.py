@@ -180,9 +180,9 @@ def draw_pet(species, rng, size=96):
         stroke(np.array([nose, nose + 0.4j]))
         fill(oval(nose, 0.22, 0.15), INK)
 
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BOX))
+    small = np.asarray(image.resize((size, size), Image.Resampling.BOX))
     exposure = rng.uniform(0.8, 1.1) * rng.uniform(0.96, 1.04, 3)  # with a slight tint
-    return Image.fromarray(np.clip(pixels * exposure, 0, 255).astype(np.uint8))
+    return Image.fromarray(np.clip(small * exposure, 0, 255).astype(np.uint8))
 
 
 def write_pets(folder, count_per_class, seed, size=96, layout="folders"):
