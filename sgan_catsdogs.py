@@ -11,7 +11,7 @@ that its own moving average (EMA) gives to the photos it is surest of, as many o
     python sgan_catsdogs.py --labeled-dir data/labeled --epochs 40
     python sgan_catsdogs.py --supervised-only               # the baseline: labeled photos alone
     python sgan_catsdogs.py --resume runs/RUN               # go on with a run that was ended
-    python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/best.pt
+    python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/final.pt
     torchrun --nproc-per-node 4 sgan_catsdogs.py            # the training on four GPUs
 
 What differs from the article that this follows, and what it scores: README.md.
@@ -62,7 +62,7 @@ def parse_args():
     run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
     run.add_argument("--resume", metavar="RUN", help="go on with the unfinished run in this folder")
     run.add_argument("--predict", metavar="FOLDER", help="label these images instead of training")
-    run.add_argument("--checkpoint", metavar="FILE", help="best.pt or final.pt, for --predict")
+    run.add_argument("--checkpoint", metavar="FILE", help="final.pt or best.pt, for --predict")
     data = parser.add_argument_group("data")
     data.add_argument("--labeled-dir", default="data/labeled",
                       help="labeled images: a subfolder per class, or names like cat.12.jpg")
