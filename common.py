@@ -808,7 +808,7 @@ def save_samples(generator: nn.Module, fixed_z: Tensor, path):
 def save_figure(figure: Figure, path):
     """Write a matplotlib figure as PNG."""
     with atomic(path) as tmp:
-        figure.savefig(tmp, format="png", dpi=100, bbox_inches="tight")
+        figure.savefig(tmp, format="png", dpi=100)
 
 
 def plot_curves(rows: list, path):
@@ -838,7 +838,7 @@ def plot_confusion(confusion: Tensor, class_names: list, path):
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
     figure = Figure(figsize=(2 + 0.45 * k, 1.7 + 0.45 * k), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i in range(k):
         for j in range(k):
             axes.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=8,
@@ -907,12 +907,12 @@ def plot_images(images: Tensor, captions: list, path, title="", wrong=()):
     """
     columns, row_height = 10, 1.25  # a row is an image of height 0.9 and its caption
     rows = max(1, -(-len(images) // columns))
-    figure = Figure(figsize=(1.1 * columns, 1.1 * row_height * rows + 0.3))
+    figure = Figure(figsize=(1.1 * columns, 1.1 * row_height * rows + 0.3), layout="constrained")
     axes = figure.subplots()
     wrong = [*wrong, *[False] * (len(images) - len(wrong))]
     for n, (x, caption, framed) in enumerate(zip(images.cpu(), captions, wrong)):
         left, top = n % columns + 0.05, n // columns * row_height + 0.3
-        axes.imshow(x.permute(1, 2, 0).clamp(0, 1).float().squeeze(-1), cmap="gray",
+        axes.imshow(x.permute(1, 2, 0).clamp(0, 1).float().squeeze(-1).numpy(), cmap="gray",
                     vmin=0, vmax=1, extent=(left, left + 0.9, top + 0.9, top))
         color = "red" if framed else "black"
         axes.text(left + 0.45, top - 0.07, caption, fontsize=7, color=color, ha="center")

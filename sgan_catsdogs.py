@@ -3,9 +3,9 @@
 A ResNet is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits are
 also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x), which tells photos from the images
 of a DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). It also learns the labels
-that its own moving average (EMA) gives to the photos it is surest of, as many of each class.
+that its own moving average (EMA) gives the photos it is surest of, equally many of each class.
 
-    python sgan_catsdogs.py --demo                          # drawn pets, no download: a first run
+    python sgan_catsdogs.py --demo                          # cartoon pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
     python sgan_catsdogs.py --prepare data/PetImages        # the same from photos you have
     python sgan_catsdogs.py --labeled-dir data/labeled --epochs 40
@@ -83,7 +83,7 @@ def parse_args():
     train.add_argument("--generator-loss", choices=["both", "fool", "feature-matching"],
                        default="both", help="pass for a photo, match mean features, or both")
     train.add_argument("--gan-weight", type=float, default=0.3,
-                       help="of the unlabeled and fake terms; 0: nothing is learned from fakes")
+                       help="of the mean of unlabeled and fake terms; 0: no learning from fakes")
     train.add_argument("--consistency-weight", type=float, default=3.0,
                        help="of agreeing with the EMA classifier on unlabeled images")
     train.add_argument("--augmentation", type=int, choices=[0, 1], default=1,
@@ -105,7 +105,7 @@ def parse_args():
                         help="draw 2,000 small cartoon pets and train on them for a few minutes")
     args = parser.parse_args()
     # The main job on other data: these become the defaults, flags still count. The GAN adds most to
-    # drawings at weight 1, which does harm on photos (README).
+    # cartoons at weight 1, which does harm on photos (README).
     if args.demo:
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
@@ -345,12 +345,13 @@ def main():
     losses, first_step, best_val, rows, seconds_before = StepMeans(), 1, -1.0, [], 0.0
     saved_parts = {"classifier": classifier, "classifier_ema": classifier_ema, "opt_d": opt_d,
                    "generator": generator, "opt_g": opt_g}
-    files = [f"{path}, {path.stat().st_size} bytes"
-             for path in lab_files + val_files + test_files + unl_files]
-    if not same_everywhere([files, checkpoint and checkpoint["step"]]):
+    # A run that goes on, and each process, must find the images that the run began with.
+    paths_and_sizes = [f"{path}, {path.stat().st_size} bytes"
+                       for path in lab_files + val_files + test_files + unl_files]
+    if not same_everywhere([paths_and_sizes, checkpoint and checkpoint["step"]]):
         die("the processes do not all find the same images in the folders, or the same last.pt")
     if args.resume:
-        if checkpoint["files"] != files:
+        if checkpoint["paths_and_sizes"] != paths_and_sizes:
             die(f"--resume {args.resume}: the folders do not hold the images that run began with; "
                 "was it started in another working directory?")
         for name, part in saved_parts.items():
@@ -370,8 +371,8 @@ def main():
 
     # ---- photos ----
     # Labeled ones, and validation and unlabeled ones if there is room, are decoded once and stay on
-    # the device, (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others come
-    # from DALI, each time by a pipeline of its own, not all of whose memory malloc gives back.
+    # the device, (N, 3, S, S) uint8; two steps of a dry run are not worth it. All others are
+    # decoded by DALI again in each pass over them.
     x_labeled, x_val, x_unlabeled = decode_all(lab_files, args.image_size, device), None, None
     y_labeled = torch.tensor(lab_labels, device=device)
     started = time.perf_counter()  # by now DALI is loaded, which takes long the first time
@@ -424,9 +425,10 @@ def main():
             x_fake = augment(x_fake.float(), args.augmentation, rank, world)  # for both updates
 
             # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
-            # FixMatch (Sohn et al. 2020, arXiv:2001.07685) takes all above a threshold; here they
-            # are as many of each class, those with its highest p(y | x), as most of those above it
-            # may be of one class. Classes that are not about equally frequent get wrong labels.
+            # FixMatch (Sohn et al. 2020, arXiv:2001.07685) takes every photo whose p(y | x) passes
+            # a threshold, and most of these may be of one class. Here each class gets equally many,
+            # those of its highest p(y | x), which needs classes of about equal frequency. Before
+            # TEACHER_START the share is negative, and no photo is labeled.
             share = TEACHER_SHARE * (step / total_steps - TEACHER_START) / (1 - TEACHER_START)
             num_picked = round(share * args.batch_size / num_classes)  # of each class
             picked = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K), 1 if taught
@@ -438,8 +440,8 @@ def main():
                 surest = of_all.topk(num_picked, dim=0)  # of each column: (num_picked, K)
                 p_surest = torch.zeros_like(of_all).scatter(0, surest.indices, surest.values)
                 # of several classes for one photo the likeliest
-                best = (p_surest > 0) & (p_surest == p_surest.amax(dim=1, keepdim=True))
-                picked = best.float().chunk(world)[rank]  # (N, K)
+                likeliest = (p_surest > 0) & (p_surest == p_surest.amax(dim=1, keepdim=True))
+                picked = likeliest.float().chunk(world)[rank]  # (N, K)
 
             # ---- classifier: labels right, photos real, fakes fake ----
             # Three forward passes, as batch norm would mix the three kinds of images; by default
@@ -454,7 +456,7 @@ def main():
                 update_batch_norm_statistics(classifier, True)
                 x_unl = augment(x_unl, args.augmentation, rank, world)
                 logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 512), (N,)
-                update_batch_norm_statistics(classifier, all_move)
+                update_batch_norm_statistics(classifier, all_move)  # for the generator's pass below
             loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
             loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
             loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
@@ -542,8 +544,8 @@ def main():
         # ---- a checkpoint from which --resume goes on as if nothing had happened ----
         if saving:
             run.save("last.pt", {
-                "args": config, "files": files, "step": step, "best_val": best_val,
-                "rows": run.rows, "losses": losses_so_far, "fixed_z": fixed_z,
+                "args": config, "paths_and_sizes": paths_and_sizes, "step": step,
+                "best_val": best_val, "rows": run.rows, "losses": losses_so_far, "fixed_z": fixed_z,
                 "seconds": seconds_before + time.perf_counter() - started,
                 "random_state": random_state(),
                 **{name: part.state_dict() for name, part in saved_parts.items()}})

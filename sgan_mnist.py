@@ -68,7 +68,7 @@ def parse_args():
                        default="feature-matching",
                        help="match mean features, pass for a digit, or match and spread out")
     train.add_argument("--gan-weight", type=float, default=0.3,
-                       help="half of it weighs the unlabeled and fake terms; 0: no GAN")
+                       help="of the mean of unlabeled and fake terms; 0: no GAN")
     train.add_argument("--consistency-weight", type=float, default=1.0,
                        help="of agreeing with the EMA classifier on unlabeled images; 0: without")
     train.add_argument("--augmentation", type=float, default=1.0,

@@ -70,7 +70,7 @@ def parse_args():
                        default="feature-matching",
                        help="match mean features, pass for a digit, or match and spread out")
     train.add_argument("--gan-weight", type=float, default=0.3,
-                       help="half of it weighs the unlabeled and fake terms; 0: no GAN")
+                       help="of the mean of unlabeled and fake terms; 0: no GAN")
     train.add_argument("--real-label-smoothing", type=float, default=0.0,
                        help="one-sided: the target of D on unlabeled images is 1 minus this")
     train.add_argument("--consistency-weight", type=float, default=1.0,
