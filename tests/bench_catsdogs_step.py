@@ -88,8 +88,8 @@ def articles(root, args, device):
     """The same of one pass over the photos in the article's way."""
     classifier = sgan_catsdogs.Classifier(2, args.image_size, "logsumexp").to(device)
     generator = sgan_catsdogs.Generator(args.image_size).to(device)
-    opt_d = torch.optim.Adam(classifier.parameters(), 2e-4, betas=(0.5, 0.999))
-    opt_g = torch.optim.Adam(generator.parameters(), 1e-3, betas=(0.5, 0.999))
+    opt_d = torch.optim.Adam(classifier.parameters(), 2e-3, betas=(0.5, 0.999))
+    opt_g = torch.optim.Adam(generator.parameters(), 2e-3, betas=(0.5, 0.999))
     x_lab, y_lab = next(iter(image_folder(root / "labeled", args, sgan_catsdogs.LABELED_BATCH)))
     batches = iter(image_folder(root / "train", args, args.batch_size))
     batches = chain([next(batches)], batches)  # its processes are started by now, as DALI's threads
