@@ -267,7 +267,8 @@ def check_images(folder, flag: str):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        die(f"{flag} {folder} is not a folder: --prepare or --download makes it, or name yours")
+        die(f"{flag} {folder} is not a folder: name one of images; --prepare and --download make "
+            "those to train on")
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:  # by another link, maybe of a folder to its parent
@@ -532,10 +533,11 @@ def _draw_record(folder) -> Path:
     return Path(folder).with_name(Path(folder).name + ".json")
 
 
-def drawn_by(folder):
-    """The seed that draw_folders drew the images of a folder by, None if another drew them."""
+def drawn_by(folder, num_images):
+    """The seed that draw_folders drew the images of a folder by, None if it holds others."""
     try:
-        return int(json.loads(_draw_record(folder).read_text())["split_seed"])
+        record = json.loads(_draw_record(folder).read_text())
+        return int(record["split_seed"]) if len(record["files"]) == num_images else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

@@ -363,7 +363,7 @@ def main():
               + f", val {val['accuracy']:.2%}, EMA {val_ema['accuracy']:.2%}, "
               f"{images_per_s:.0f} images/s, {seconds:.0f} s", flush=True)
 
-    # ============ the end: test images are read here only, for two sets of weights ============
+    # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
                           "epoch": args.epochs, "generator": generator.state_dict()})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)

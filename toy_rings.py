@@ -265,7 +265,7 @@ def main():
     started, accuracy, snapshots, weights = time.perf_counter(), {}, {}, {}
     for method in methods:
         classifier, generator, snapshots[method] = train(method, x_lab, y_lab, x_data, args, run)
-        # test points are read here only, once a method; there is nothing to choose between
+        # test points are scored here only, once a method; there is nothing to choose between
         test = evaluate(classifier, [(x_test.to(device), y_test.to(device))], 2)
         accuracy[method] = test["accuracy"]
         weights[method] = {"classifier": classifier.state_dict(),

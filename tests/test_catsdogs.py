@@ -20,7 +20,7 @@ from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
-from common import (cached_loader, check_images, dali_loader, decode_all, draw_folders,
+from common import (cached_loader, check_images, dali_loader, decode_all, draw_folders, drawn_by,
                     same_bytes, why_unusable)
 from tests.conftest import PETS, ROOT, Runs, pet_folders
 from tests.test_scripts import CPU, assert_refused, call_main, new_classifier, same_bits
@@ -194,6 +194,18 @@ def test_photos_of_the_same_name_in_other_subfolders_are_all_drawn(tmp_path):
     assert [len(list(target.rglob("*.jpg"))) for target in targets] == [3, 2, 1]
     assert {path.read_text() for path in targets[0].rglob("*.jpg")} == set(map(str, first))
     assert all(path.read_text() == str(path) for path in images)  # the photos are as they were
+
+
+def test_a_seed_is_recorded_of_the_drawn_photos_alone(tmp_path):
+    """The record of a draw lies beside its folder, where others may stand in later."""
+    photos = [tmp_path / f"photos/cat/{n}.jpg" for n in range(6)]
+    photos[0].parent.mkdir(parents=True)
+    for path in photos:
+        path.write_text("")
+    draw_folders(photos, ["cat"] * 6, [tmp_path / "labeled", tmp_path / "train"], [3], 7)
+    assert drawn_by(tmp_path / "labeled", 3) == 7
+    assert drawn_by(tmp_path / "labeled", 4) is None  # other photos
+    assert drawn_by(tmp_path / "train", 3) is None
 
 
 # ==================================== runs that are ended early ===================================

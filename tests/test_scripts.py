@@ -1173,7 +1173,9 @@ def test_prepare_draws_balanced_disjoint_folders(layout, archives, tmp_path, cap
     originals = [path for _, files in parts.values() for path in files]
     everything = {path for path in source.rglob("*.jpg") if path.stat().st_size}
     assert len(set(originals)) == len(originals) and set(originals) == everything
-    assert "1 file" in capsys.readouterr().out  # the damaged one is spoken of
+    output = capsys.readouterr()
+    assert "1 file" in output.err  # the damaged one is spoken of
+    assert "classes: cat, dog\n" in output.out
     for part in ("labeled", "val", "test"):
         links, files = parts[part]
         assert [path.parent.name for path in links] == [class_in_archive(path) for path in files]
@@ -1245,6 +1247,14 @@ def test_prepare_needs_enough_photos_of_each_class(pets, tmp_path, capsys):
     assert_refused(capsys, ["class cat", str(pets / "test"), "15"], tmp_path, "sgan_catsdogs",
                    "--prepare", pets / "test", *pet_folders(tmp_path / "new"))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prepare_needs_the_folder_of_the_classes_not_the_one_above(archives, tmp_path, capsys):
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above/PetImages").symlink_to(archives / "PetImages")
+    assert_refused(capsys, [str(tmp_path / "above"), "one class only"], tmp_path, "sgan_catsdogs",
+                   "--prepare", tmp_path / "above", *pet_folders(tmp_path / "new"))
+    assert [path.name for path in tmp_path.iterdir()] == ["above"]
 
 
 # ====================================== the demo's drawings =======================================
