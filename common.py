@@ -267,8 +267,8 @@ def check_images(folder, flag: str):
     """
     folder = Path(folder)
     if not folder.is_dir():
-        die(f"{flag} {folder} is not a folder: name one of images; --prepare and --download make "
-            "those to train on")
+        die(f"{flag} {folder} is not a folder: name one that holds images (--prepare and "
+            "--download make those for training)")
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True):
         if os.path.realpath(parent) in seen:  # by another link, maybe of a folder to its parent
@@ -308,6 +308,16 @@ def class_of(path, folder) -> str:
     return letters[0]
 
 
+def names_of(classes, folder, flag: str) -> list:
+    """The names, sorted, of the classes of a folder's images. Errors: exit status 2, naming the
+    flag, if there is one only, as when the folder is one too high."""
+    names = sorted(set(classes))
+    if len(names) < 2:
+        die(f"{flag} {folder} holds one class only ({names[0]}): at least two are needed; name the "
+            "folder right above their subfolders, or that of files like cat.0.jpg and dog.0.jpg")
+    return names
+
+
 def check_labeled(folder, flag: str, class_names=None):
     """(images, class index of each, class names, reason by unusable file) of a labeled folder.
 
@@ -325,9 +335,7 @@ def check_labeled(folder, flag: str, class_names=None):
                  and not d.name.startswith(".")]
         if empty:
             die(f"class {empty[0]} in {flag} {folder} has no image")
-        class_names = sorted(set(classes))
-        if len(class_names) < 2:
-            die(f"{flag} {folder} holds one class only ({class_names[0]}): at least two are needed")
+        class_names = names_of(classes, folder, flag)
     unknown = sorted(set(classes) - set(class_names))
     if unknown:
         die(f"class {unknown[0]} in {flag} {folder} has no labeled image: the classes are "
@@ -534,7 +542,7 @@ def _draw_record(folder) -> Path:
 
 
 def drawn_by(folder, num_images):
-    """The seed that draw_folders drew the images of a folder by, None if it holds others."""
+    """The seed by which draw_folders drew as many images into a folder, None if it did not."""
     try:
         record = json.loads(_draw_record(folder).read_text())
         return int(record["split_seed"]) if len(record["files"]) == num_images else None

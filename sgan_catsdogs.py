@@ -37,17 +37,17 @@ from common import (Run, StepMeans, average_gradients, bf16_autocast, cached_loa
                     check_labeled, class_of, dali_loader, decode_all, die, draw_folders, drawn_by,
                     errors_and_others, evaluate, fake_loss, fetch_archive, float32_at_least,
                     fool_loss, from_all_processes, in_any_process, labeled_loss, listing,
-                    load_checkpoint, load_state, mean_over_processes, not_negative, pick_device,
-                    plot_confusion, plot_curves, plot_predictions, positive, random_state,
-                    real_logit, run_to_resume, same_bytes, same_everywhere, save_samples,
-                    seed_everything, set_random_state, start_processes, stop_signal, unlabeled_loss,
-                    write_predictions)
+                    load_checkpoint, load_state, mean_over_processes, names_of, not_negative,
+                    pick_device, plot_confusion, plot_curves, plot_predictions, positive,
+                    random_state, real_logit, run_to_resume, same_bytes, same_everywhere,
+                    save_samples, seed_everything, set_random_state, start_processes, stop_signal,
+                    unlabeled_loss, write_predictions)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2
 TEACHER_START = 0.2  # share of a run before labels by the EMA classifier are trained on
-TEACHER_SHARE = 0.5  # of the unlabeled images, about those that it labels at the end of a run
+TEACHER_SHARE = 0.5  # share of the unlabeled images that it labels at the end, before rounding
 CACHE_BYTES = 2 << 30  # unlabeled or validation photos that take less, decoded, stay in memory
 SAVE_SECONDS = 600  # between two checkpoints within an epoch; one is written after each anyway
 
@@ -104,8 +104,8 @@ def parse_args():
     source.add_argument("--demo", action="store_true",
                         help="draw 2,000 small cartoon pets and train on them for a few minutes")
     args = parser.parse_args()
-    # --demo trains on cartoons: these become the defaults, which flags replace. GAN weight 1 is best
-    # there, but costs 8 points with 500 labeled photos (README).
+    # --demo trains on cartoons: these become the defaults, which flags replace. GAN weight 1 is
+    # best there, but costs 8 points with 500 labeled photos (README).
     if args.demo:
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
@@ -351,7 +351,7 @@ def main():
     if not same_everywhere([paths_and_sizes, checkpoint and checkpoint["step"]]):
         die("the processes do not all find the same images in the folders, or the same last.pt")
     if args.resume:
-        if checkpoint["paths_and_sizes"] != paths_and_sizes:
+        if checkpoint["files"] != paths_and_sizes:
             die(f"--resume {args.resume}: the folders do not hold the images that run began with; "
                 "was it started in another working directory?")
         for name, part in saved_parts.items():
@@ -544,7 +544,7 @@ def main():
         # ---- a checkpoint from which --resume goes on as if nothing had happened ----
         if saving:
             run.save("last.pt", {
-                "args": config, "paths_and_sizes": paths_and_sizes, "step": step,
+                "args": config, "files": paths_and_sizes, "step": step,
                 "best_val": best_val, "rows": run.rows, "losses": losses_so_far, "fixed_z": fixed_z,
                 "seconds": seconds_before + time.perf_counter() - started,
                 "random_state": random_state(),
@@ -638,10 +638,7 @@ def prepare(args):
         fetch_archive(ARCHIVE, "PetImages", source)
     images, unusable = check_images(source, "--prepare")
     classes = [class_of(path, source).lower() for path in images]
-    class_names = sorted(set(classes))
-    if len(class_names) < 2:
-        die(f"--prepare {source} holds one class only ({class_names[0]}): name the folder right "
-            "above the classes' subfolders, or that of files like cat.0.jpg and dog.0.jpg")
+    class_names = names_of(classes, source, "--prepare")
     if unusable:
         print(f"{len(unusable)} files cannot be used and are left out" + listing(unusable),
               file=sys.stderr)

@@ -196,8 +196,8 @@ def test_photos_of_the_same_name_in_other_subfolders_are_all_drawn(tmp_path):
     assert all(path.read_text() == str(path) for path in images)  # the photos are as they were
 
 
-def test_a_seed_is_recorded_of_the_drawn_photos_alone(tmp_path):
-    """The record of a draw lies beside its folder, where others may stand in later."""
+def test_a_seed_is_recorded_of_as_many_photos_as_were_drawn(tmp_path):
+    """The record of a draw lies beside its folder, where others may come later."""
     photos = [tmp_path / f"photos/cat/{n}.jpg" for n in range(6)]
     photos[0].parent.mkdir(parents=True)
     for path in photos:
