@@ -13,11 +13,12 @@ too, on augmented digits. The average is what is scored.
     python sgan_svhn.py --supervised-only       # the baseline: labeled digits alone
 
 The unlabeled images are all training images but those of validation, the labeled ones among them.
-What differs from the article that this follows, and what it scores: README.md.
+What differs from the article that this follows, and what it scores: .github/RESULTS.md.
 """
 
 import argparse
 import time
+from contextlib import contextmanager
 from copy import deepcopy
 from itertools import islice
 from pathlib import Path
@@ -29,71 +30,62 @@ from torch import nn
 from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
-from common import (Run, StepMeans, balanced_split, bf16_autocast, die, errors_and_others, evaluate,
-                    fake_loss, fool_loss, labeled_loss, not_negative, pick_device, plot_confusion,
-                    plot_curves, plot_predictions, positive, real_logit, save_samples,
-                    seed_everything, unlabeled_loss)
+from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
+                    fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
+                    real_logit, save_samples, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 1000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
 FAKE_BATCH = 50  # generated images in each step
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.9  # above which probability the EMA classifier's own labels are trained on
+CONFIDENCE = 0.9  # probability from which on a label by the EMA classifier is trained on
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     run = parser.add_argument_group("run")
-    run.add_argument("--seed", type=int, default=0, help="initialisation, batches, augmentation")
-    run.add_argument("--split-seed", type=int, default=0, help="which images are labeled")
-    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
-    run.add_argument("--out-dir", default="runs", help="parent of the run's folder")
+    run.add_argument("--seed", type=number(int, minimum=0, below=2**63), default=0,
+                     help="seed of initialisation, batches and augmentation")
+    run.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
+                     help="seed of the draw of labeled images")
+    run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                     help="device to train on; auto takes the GPU if there is one")
+    run.add_argument("--out-dir", default="runs", help="folder in which the run's folder is made")
     run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", default="data",
-                      help="holds SVHN/*.mat, or they are fetched there")
-    data.add_argument("--num-labeled", type=int, default=1000, help="a multiple of the 10 classes")
+                      help="folder that holds SVHN/*.mat; missing files are fetched")
+    data.add_argument("--num-labeled", type=int, default=1000,
+                      help="number of labeled images, a multiple of the 10 classes")
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier and steps, labeled images alone")
-    train.add_argument("--warmup-steps", type=int, default=400,
+    train.add_argument("--warmup-steps", type=number(int, minimum=0), default=400,
                        help="steps on labeled images alone, before the first epoch")
-    train.add_argument("--epochs", type=int, default=16, help="passes over the unlabeled images")
-    train.add_argument("--batch-size", type=int, default=100, help="unlabeled images a step")
-    train.add_argument("--lr", type=float, default=3e-3,
-                       help="Adam, both networks; falls to 0 over the second half of all steps")
+    train.add_argument("--epochs", type=number(int, minimum=1), default=16,
+                       help="passes over the unlabeled images")
+    train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
+                       help="unlabeled images per step, at least 2 for batch norm")
+    train.add_argument("--lr", type=number(float, above=0), default=3e-3,
+                       help="Adam learning rate of both networks; falls to 0 over the second half")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class", "sigmoid-head"],
-                       default="logsumexp", help="what tells real from fake, see Classifier")
+                       default="logsumexp", help="form of the real/fake logit, see Classifier")
     train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
                        default="feature-matching",
-                       help="match mean features, pass for a digit, or match and spread out")
-    train.add_argument("--gan-weight", type=float, default=0.3,
-                       help="of the mean of unlabeled and fake terms; 0: no GAN")
-    train.add_argument("--real-label-smoothing", type=float, default=0.0,
-                       help="one-sided: the target of D on unlabeled images is 1 minus this")
-    train.add_argument("--consistency-weight", type=float, default=1.0,
-                       help="of agreeing with the EMA classifier on unlabeled images; 0: without")
-    train.add_argument("--augmentation", type=float, default=1.0,
-                       help="strength from 0, none, to 1; on labeled, unlabeled and fake images")
-    train.add_argument("--ema-decay", type=float, default=0.99,
-                       help="of the averaged classifier, which is scored; 0: the raw weights")
-    args = parser.parse_args()
-    positive(num_labeled=args.num_labeled, epochs=args.epochs, lr=args.lr)
-    if args.batch_size < 2:
-        die("--batch-size must be at least 2: batch norm has no variance of one image")
-    if args.augmentation > 1:
-        die(f"--augmentation must be at most 1, but it is {args.augmentation}")
-    if args.real_label_smoothing > 1:
-        die(f"--real-label-smoothing must be at most 1, but it is {args.real_label_smoothing}")
-    not_negative(seed=args.seed, split_seed=args.split_seed, warmup_steps=args.warmup_steps,
-                 gan_weight=args.gan_weight, consistency_weight=args.consistency_weight,
-                 augmentation=args.augmentation, ema_decay=args.ema_decay,
-                 real_label_smoothing=args.real_label_smoothing)
-    if args.ema_decay >= 1:
-        die(f"--ema-decay must be below 1, or nothing is averaged, but it is {args.ema_decay}")
-    return args
+                       help="match mean features, pass for real, or match and spread out")
+    train.add_argument("--real-label-smoothing", type=number(float, minimum=0, maximum=1),
+                       default=0.0, help="1 minus the target of D(x) on unlabeled images")
+    train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.3,
+                       help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+    train.add_argument("--consistency-weight", type=number(float, minimum=0), default=1.0,
+                       help="weight of the loss on labels by the EMA classifier; 0 switches it off")
+    train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
+                       help="strength of augmentation of all images, from 0, none, to 1")
+    train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.99,
+                       help="decay of the averaged classifier, which is scored; 0: no average")
+    return parser.parse_args()
 
 
 # ============================================== data ==============================================
@@ -122,6 +114,29 @@ def load_images(data_dir, filename):
         die(f"{path} must hold X (32, 32, 3, N) uint8 and y (N, 1), but X is {data['X'].shape} "
             f"{data['X'].dtype} and y is {data['y'].shape}")
     return x, y
+
+
+def read_data(args, device):
+    """Labeled images (n, 3, 32, 32) uint8 and labels (n,), unlabeled images, and two pairs.
+
+    The pairs (images, labels) are validation and test. The unlabeled images are all training images
+    but those of validation. All are on `device`.
+    """
+    x_train, y_train = load_images(args.data_dir, "train_32x32.mat")  # (N, 3, 32, 32) uint8, (N,)
+    x_test, y_test = load_images(args.data_dir, "test_32x32.mat")
+    # half of what is left where nearly all are labeled, none where all are
+    num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
+    labeled, val, unlabeled = balanced_split(y_train, args.num_labeled, num_val, NUM_CLASSES,
+                                             args.split_seed)
+    x_unlabeled = x_train[torch.cat([labeled, unlabeled])].to(device)  # without their labels
+    if len(x_unlabeled) < args.batch_size:
+        die(f"--batch-size {args.batch_size} is more than the {len(x_unlabeled)} unlabeled images")
+    counts = [f"{n} of {k}" for k, n in enumerate(y_train[labeled].bincount().tolist())]
+    print(f"{device}: {len(labeled)} labeled images ({', '.join(counts)}), {len(x_unlabeled)} "
+          f"unlabeled, {len(val)} validation, {len(x_test)} test")
+    return (x_train[labeled].to(device), y_train[labeled].to(device), x_unlabeled,
+            (x_train[val].to(device), y_train[val].to(device)),
+            (x_test.to(device), y_test.to(device)))
 
 
 def augment(x, strength):
@@ -228,11 +243,15 @@ class Classifier(nn.Module):
         return logits, features, r
 
 
-def update_batch_norm_statistics(classifier, on):
-    """Choose whether forward passes in training move the statistics that evaluation will use."""
-    for module in classifier.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.1 if on else 0.0
+@contextmanager
+def frozen_statistics(classifier):
+    """Within it, forward passes leave the running batch-norm statistics, for evaluation, alone."""
+    norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 # ============================================ training ============================================
@@ -241,27 +260,13 @@ def update_batch_norm_statistics(classifier, on):
 def main():
     args = parse_args()
     device = pick_device(args.device)
-    seed_everything(args.seed)
-    x_train, y_train = load_images(args.data_dir, "train_32x32.mat")  # (N, 3, 32, 32) uint8, (N,)
-    x_test, y_test = load_images(args.data_dir, "test_32x32.mat")
-    # half of what is left where nearly all are labeled, none where all are
-    num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
-    labeled, validation, unlabeled = balanced_split(y_train, args.num_labeled, num_val,
-                                                    NUM_CLASSES, args.split_seed)
-    x_labeled, y_labeled = x_train[labeled].to(device), y_train[labeled].to(device)
-    x_val, y_val = x_train[validation].to(device), y_train[validation].to(device)
-    x_unlabeled = x_train[torch.cat([labeled, unlabeled])].to(device)  # no labels from here on
-    x_test, y_test = x_test.to(device), y_test.to(device)
-    if len(x_unlabeled) < args.batch_size:
-        die(f"--batch-size {args.batch_size} is more than the {len(x_unlabeled)} unlabeled images")
+    torch.manual_seed(args.seed)
+    x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
     method = "supervised" if args.supervised_only else "sgan"
-    print(f"{method} on {device}: {args.num_labeled} labeled images ("
-          + ", ".join(f"{n} of {k}" for k, n in enumerate(y_labeled.bincount().tolist()))
-          + f"), {len(x_unlabeled)} unlabeled, {len(x_val)} validation, {len(x_test)} test")
 
-    def held_out(x, y):  # batches for evaluation, in order, each image once
-        batches = zip((x_batch / 255 for x_batch in x.split(1000)), y.split(1000))
-        return islice(batches, 2) if args.dry_run else batches
+    def held_out(part):  # batches for evaluation, in order, each image once
+        batches = ((x / 255, y) for x, y in zip(part[0].split(1000), part[1].split(1000)))
+        return islice(batches, 2 if args.dry_run else None)
 
     classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
@@ -271,6 +276,7 @@ def main():
     fixed_z = torch.randn(100, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
 
+    # ---- the run's folder, and the number of steps ----
     run = Run(args.out_dir, f"sgan_svhn__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
     steps_per_epoch = len(x_unlabeled) // args.batch_size
@@ -278,20 +284,22 @@ def main():
         args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
         args.warmup_steps = min(2, args.warmup_steps)
     total_steps = args.warmup_steps + args.epochs * steps_per_epoch
-    step, best_val, losses, seconds, started = 0, -1.0, StepMeans(), 0.0, time.perf_counter()
+    step, best_val = 0, -1.0
 
+    means, started = EpochMeans(), time.perf_counter()
     for epoch in range(0 if args.warmup_steps else 1, args.epochs + 1):  # epoch 0: the warm-up
         order = torch.randperm(len(x_unlabeled), device=device)
         steps = steps_per_epoch if epoch else args.warmup_steps
         labeled_only = args.supervised_only or epoch == 0
         epoch_started = time.perf_counter()
         for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", disable=None, leave=False):
-            for opt in (opt_d, opt_g):  # constant for half of the steps, then linearly to 0
-                opt.param_groups[0]["lr"] = args.lr * min(1, 2 * (1 - step / total_steps))
+            falling = min(1, 2 * (1 - step / total_steps))  # over the second half of the steps
+            for opt, lr in ((opt_d, args.lr), (opt_g, args.lr)):
+                opt.param_groups[0]["lr"] = lr * falling
             step += 1
-            chosen = torch.randperm(args.num_labeled, device=device)[:LABELED_BATCH]
+            chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
             x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 3, 32, 32)
-            y_lab = y_labeled[chosen]
+            y_lab = y_labeled[chosen]  # (n,)
 
             if labeled_only:
                 with autocast:
@@ -300,44 +308,40 @@ def main():
                 opt_d.zero_grad()
                 loss_lab.backward()
                 opt_d.step()
-                losses.add(step, {"loss/lab": loss_lab})
+                means.add(step, {"loss/lab": loss_lab})
 
             else:
                 x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
                 z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                # (M, 3, 32, 32), used in both updates
-                x_fake = augment(x_fake.float(), args.augmentation)
+                x_fake = augment(x_fake.float(), args.augmentation)  # (M, 3, 32, 32), both updates
 
-                # ---- the EMA classifier, as teacher, labels the unlabeled digits ----
+                # ---- the EMA classifier, as teacher, labels the digits that it is sure of ----
                 with torch.no_grad(), autocast:
                     logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
                 p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
-                sure = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
-
+                picked = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
                 x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
 
                 # ---- classifier: labels right, digits real, fakes fake ----
-                # Three forward passes, as batch norm would mix the three kinds of images. In
-                # these steps only unlabeled digits move the running statistics: fakes are not
-                # evaluated, and the labeled ones are few.
+                # Three forward passes, as batch norm would mix the three kinds of images. Only
+                # unlabeled digits move the running statistics: fakes are not evaluated, and the
+                # labeled digits are few.
                 classifier.requires_grad_(True)
                 with autocast:
-                    update_batch_norm_statistics(classifier, False)
-                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
-                    _, _, r_fake = classifier(x_fake.detach())  # (M,)
-                    update_batch_norm_statistics(classifier, True)
+                    with frozen_statistics(classifier):
+                        logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                        _, _, r_fake = classifier(x_fake.detach())  # (M,)
                     logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
-                    update_batch_norm_statistics(classifier, False)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 # -E log D(x), smoothed by s (Salimans, 3.4) -E [(1 - s) log D(x) + s log(1 - D(x))]
                 loss_unl = unlabeled_loss(r_unl).lerp(fake_loss(r_unl), args.real_label_smoothing)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [teacher is sure] log p(teacher's label | augmented x), as in FixMatch
+                # -E [x is picked] log p(teacher's label | augmented x), as in FixMatch
                 # (Sohn et al. 2020, arXiv:2001.07685, section 2), where there is no EMA in training
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
-                            * sure).mean()
+                            * picked).mean()
                 # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.consistency_weight * loss_con)
@@ -347,7 +351,7 @@ def main():
 
                 # ---- generator, through the new classifier; feat_unl is of the old one ----
                 classifier.requires_grad_(False)
-                with autocast:
+                with autocast, frozen_statistics(classifier):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)
                 feat_fake = feat_fake.float()
                 if args.generator_loss == "fool":
@@ -363,11 +367,11 @@ def main():
                 loss_g.backward()
                 opt_g.step()
 
-                losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
-                                  "loss/fake": loss_fake, "loss/g": loss_g,
-                                  "loss/con": loss_con, "monitor/sure": sure.float().mean(),
-                                  "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
+                means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
+                                 "loss/fake": loss_fake, "loss/g": loss_g,
+                                 "loss/con": loss_con, "monitor/picked": picked.float().mean(),
+                                 "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                                 "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
             # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
             decay = min(args.ema_decay, (1 + step) / (10 + step))
@@ -375,30 +379,27 @@ def main():
                                 classifier.state_dict().values()):
                 ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
 
-        # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
-        means = losses.means()  # waits for the device
+        # ---- once an epoch: means of the losses, validation, samples, best weights ----
+        epoch_means = means.take()  # waits for the device
         images_seen = steps * (len(x_lab) if labeled_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
-            val = evaluate(classifier, held_out(x_val, y_val), NUM_CLASSES)
-            val_ema = evaluate(classifier_ema, held_out(x_val, y_val), NUM_CLASSES)
+            scores = evaluate(classifier, held_out(val), NUM_CLASSES)
+            scores_ema = evaluate(classifier_ema, held_out(val), NUM_CLASSES)
             if not labeled_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, scored in (("raw", val), ("ema", val_ema)):
+        for weights, model, scored in (("raw", classifier, scores),
+                                       ("ema", classifier_ema, scores_ema)):
             if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
                 best_val = scored["accuracy"]
-                model = classifier if weights == "raw" else classifier_ema
                 run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
                                      "epoch": epoch, "val_accuracy": best_val})
-        seconds = time.perf_counter() - started
-        run.log({"step": step, "epoch": epoch, "seconds": round(seconds, 1), **means,
-                 "val_loss": val["loss"], "val_accuracy": val["accuracy"],
-                 "val_loss_ema": val_ema["loss"], "val_accuracy_ema": val_ema["accuracy"],
-                 "images_per_s": round(images_per_s, 1)})
-        plot_curves(run.rows, run.dir / "curves.png")
-        print(f"epoch {epoch}: " + ", ".join(f"{name} {mean:.3f}" for name, mean in means.items())
-              + f", val {val['accuracy']:.2%}, EMA {val_ema['accuracy']:.2%}, "
-              f"{images_per_s:.0f} images/s, {seconds:.0f} s", flush=True)
+        run.log_epoch({"step": step, "epoch": epoch,
+                       "seconds": round(time.perf_counter() - started, 1), **epoch_means,
+                       "val_loss": scores["loss"], "val_accuracy": scores["accuracy"],
+                       "val_loss_ema": scores_ema["loss"],
+                       "val_accuracy_ema": scores_ema["accuracy"],
+                       "images_per_s": round(images_per_s, 1)})
 
     # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
@@ -406,17 +407,16 @@ def main():
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
     classifier.load_state_dict(best["classifier"])
     with autocast:
-        test = evaluate(classifier_ema, held_out(x_test, y_test), NUM_CLASSES)
-        test_best = evaluate(classifier, held_out(x_test, y_test), NUM_CLASSES)
+        scores = evaluate(classifier_ema, held_out(test), NUM_CLASSES)
+        scores_best = evaluate(classifier, held_out(test), NUM_CLASSES)
     class_names = [str(k) for k in range(NUM_CLASSES)]
-    plot_confusion(test["confusion"], class_names, run.dir / "confusion.png")
-    predicted = test["predicted"]
-    shown = errors_and_others(y_test[:len(predicted)].cpu(), predicted, 60)
-    plot_predictions(x_test[shown] / 255, y_test[shown], predicted[shown], class_names,
-                     run.dir / "predictions.png", "test errors, and correct ones")
-    run.finish(device, script="sgan_svhn", method=method, steps=step, seconds=round(seconds, 1),
-               val_accuracy=val_ema["accuracy"], test_accuracy=test["accuracy"],
-               test_accuracy_best_val=test_best["accuracy"])
+    plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
+    predicted = scores["predicted"]
+    plot_predictions(test[1][:len(predicted)].cpu(), predicted, class_names,
+                     lambda chosen: test[0][chosen] / 255, run.dir / "predictions.png")
+    run.finish(device, script="sgan_svhn", method=method, steps=step,
+               seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
+               test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
 
 
 if __name__ == "__main__":

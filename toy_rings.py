@@ -10,7 +10,7 @@ what moves the boundary there.
     python toy_rings.py                            # all four, rings.png and rings.gif
     python toy_rings.py --seed 1 --split-seed 1    # other labels
 
-What it scores over 20 draws of labels: README.md.
+What it scores over 20 draws of labels: .github/RESULTS.md.
 """
 
 import argparse
@@ -24,9 +24,8 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import (Run, StepMeans, atomic, balanced_split, die, evaluate, fake_loss, fool_loss,
-                    labeled_loss, not_negative, pick_device, positive, real_logit, save_figure,
-                    seed_everything, unlabeled_loss)
+from common import (EpochMeans, Run, atomic, balanced_split, die, evaluate, fake_loss, fool_loss,
+                    labeled_loss, number, pick_device, real_logit, save_figure, unlabeled_loss)
 
 METHODS = ["supervised", "fool", "feature-matching", "complement"]
 NUM_POINTS, NUM_TEST = 2000, 2000
@@ -37,26 +36,30 @@ EMA_DECAY = 0.99
 LABELED_WEIGHT = 0.03  # the rings shall form the features before 8 points draw a straight line
 BANDWIDTH = 0.05  # of the density estimate, about the width of a ring
 SIDE = 1.6  # of the density table: beyond all data; outside, log p is that of its border
-DENSE = 0.1  # generated points shall be where the density is below this quantile of the data's
+LOW_DENSITY = 0.1  # quantile of the data's density; generated points shall be in places below it
 FRAMES = 25  # of rings.gif
 COLORS = ["#d95f02", "#1b6ca8"]  # inner and outer ring; orange and blue, for all eyes
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [flags]",
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--seed", type=int, default=0, help="initialisation and batches")
-    parser.add_argument("--split-seed", type=int, default=0, help="which points are labeled")
-    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto", help="where")
-    parser.add_argument("--out-dir", default="runs", help="parent of the run's folder")
-    parser.add_argument("--dry-run", action="store_true", help="two steps of everything")
-    parser.add_argument("--num-labeled", type=int, default=8, help="a multiple of the 2 classes")
-    parser.add_argument("--supervised-only", action="store_true", help="the baseline alone")
-    parser.add_argument("--epochs", type=int, default=50, help="passes over the points, a method")
-    args = parser.parse_args()
-    positive(num_labeled=args.num_labeled, epochs=args.epochs)
-    not_negative(seed=args.seed, split_seed=args.split_seed)
-    return args
+    parser.add_argument("--seed", type=number(int, minimum=0, below=2**63), default=0,
+                        help="seed of initialisation and batches")
+    parser.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
+                        help="seed of the draw of labeled points")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
+                        help="device to train on; auto takes the GPU if there is one")
+    parser.add_argument("--out-dir", default="runs",
+                        help="folder in which the run's folder is made")
+    parser.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
+    parser.add_argument("--num-labeled", type=int, default=8,
+                        help="number of labeled points, a multiple of the 2 classes")
+    parser.add_argument("--supervised-only", action="store_true",
+                        help="the baseline: the same classifier on labeled points alone")
+    parser.add_argument("--epochs", type=number(int, minimum=1), default=50,
+                        help="passes over the points, for each method")
+    return parser.parse_args()
 
 
 # ============================================== data ==============================================
@@ -117,7 +120,7 @@ def make_generator():
 def train(method, x_lab, y_lab, x_data, args, run):
     """Train one method; returns (EMA classifier, generator, snapshots of both for the figures)."""
     device = x_data.device
-    seed_everything(args.seed)  # every method begins with the same classifier
+    torch.manual_seed(args.seed)  # every method begins with the same classifier
     classifier = Classifier().to(device)
     classifier_ema = deepcopy(classifier).requires_grad_(False)
     generator = make_generator().to(device)
@@ -125,11 +128,11 @@ def train(method, x_lab, y_lab, x_data, args, run):
     opt_g = torch.optim.Adam(generator.parameters(), LEARNING_RATE, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.randn(300, LATENT_DIM, device=device)
     table = log_density_table(x_data)
-    dense = log_density(x_data, table).quantile(DENSE)
+    threshold = log_density(x_data, table).quantile(LOW_DENSITY)
     steps_per_epoch = len(x_data) // BATCH_SIZE
     num_steps = 2 if args.dry_run else args.epochs * steps_per_epoch
     frames = {round(num_steps * (k / (FRAMES - 1)) ** 2) for k in range(FRAMES)}  # more at first
-    snapshots, losses = [snapshot(0, classifier_ema, generator, fixed_z)], StepMeans()
+    snapshots, means = [snapshot(0, classifier_ema, generator, fixed_z)], EpochMeans()
     started = time.perf_counter()
 
     for step in tqdm(range(1, num_steps + 1), method, disable=None, leave=False):
@@ -168,7 +171,7 @@ def train(method, x_lab, y_lab, x_data, args, run):
             # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
             loss_g = loss_g + cosines.square().sum() / (BATCH_SIZE**2 - BATCH_SIZE)
             # low density: E max(log p(G(z)) - threshold, 0)
-            loss_g = loss_g + (log_density(x_fake, table) - dense).relu().mean()
+            loss_g = loss_g + (log_density(x_fake, table) - threshold).relu().mean()
         if method != "supervised":
             opt_g.zero_grad()
             loss_g.backward()
@@ -179,13 +182,13 @@ def train(method, x_lab, y_lab, x_data, args, run):
         for ema, now in zip(classifier_ema.parameters(), classifier.parameters()):
             ema.lerp_(now.detach(), 1 - decay)
 
-        losses.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
+        means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
                           "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
                           "monitor/p_real_fake": r_fake.sigmoid().mean()})
         if step in frames:
             snapshots.append(snapshot(step, classifier_ema, generator, fixed_z))
             run.log({"method": method, "step": step, "epoch": -(-step // steps_per_epoch),
-                     **losses.means(), "seconds": round(time.perf_counter() - started, 2)})
+                     **means.take(), "seconds": round(time.perf_counter() - started, 2)})
     return classifier_ema, generator, snapshots
 
 

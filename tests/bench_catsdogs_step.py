@@ -127,13 +127,13 @@ def main():
         root = Path(folder)
         write_photos(root / "train", args.steps * args.batch_size)
         write_photos(root / "labeled", sgan_catsdogs.LABELED_BATCH)
-        files = sorted((root / "train").rglob("*.jpg"))
+        files = PASSES * sorted((root / "train").rglob("*.jpg"))
+        np.random.default_rng(0).shuffle(files)
         speeds = {"DALI": [], "DataLoader": [], "ours": [], "ours, decoded before": [],
                   "the article's way": []}
         for _ in range(args.rounds + 1):
-            speeds["DALI"].append(loading_speed(dali_loader(
-                files * PASSES, None, args.batch_size, args.image_size, device,
-                shuffle_seed=[0, 1], drop_last=True)))
+            speeds["DALI"].append(loading_speed(
+                dali_loader(files, None, args.batch_size, args.image_size, device)))
             speeds["DataLoader"].append(loading_speed((x.to(device), y) for x, y in image_folder(
                 root / "train", args, args.batch_size, PASSES)))
             speeds["ours"].append(ours(root, args, 0))
