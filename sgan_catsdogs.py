@@ -428,7 +428,7 @@ def main():
     if args.demo:
         draw_demo()
     rank, world = start_processes(args.device)  # 0, 1 without torchrun
-    device = pick_device(args.device)
+    started, device = time.perf_counter(), pick_device(args.device)
     torch.manual_seed(args.seed)
     photos, class_names, unusable, leaks = read_folders(args, device, rank, world)
     labeled, unlabeled, val, test = photos
@@ -456,6 +456,7 @@ def main():
     if args.resume:
         state = restore(checkpoint, saved, photos, args.resume)
     step, best_val = state["step"], state["best_val"]
+    started -= state["seconds"]
     split_seed = recorded_split_seed(args.labeled_dir, num_labeled)
     if rank == 0:
         run = open_run(args, method, num_labeled, split_seed, state["rows"], unusable, leaks)
@@ -483,7 +484,7 @@ def main():
             raise SystemExit(f"stopped after step {step} of {total_steps}; go on with "
                              f"`{resume_command(run)}`")
 
-    means, started = EpochMeans(), time.perf_counter() - state["seconds"]
+    means = EpochMeans()
     for epoch in range(step // steps_per_epoch + 1, args.epochs + 1):
         first = step % steps_per_epoch  # 0, unless the run was ended within this epoch
         order = np.random.default_rng([args.seed, epoch]).permutation(len(unlabeled.files))
