@@ -1,17 +1,15 @@
-"""sgan_catsdogs.py as a job to be trusted: bad files, leaks, runs that are killed, prediction."""
+"""sgan_catsdogs.py as a job to be trusted: bad files, the draw, runs that are ended, prediction."""
 
-import contextlib
-import csv
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,23 +17,12 @@ import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import common
-from common import (cached_loader, check_images, dali_loader, decode_all, draw_folders, drawn_by,
-                    same_bytes, why_unusable)
-from tests.conftest import PETS, ROOT, Runs, pet_folders
-from tests.test_scripts import CPU, assert_refused, call_main, new_classifier, same_bits
+import sgan_catsdogs
+from common import check_images, dali_loader, find_leaks, why_unusable
+from tests.conftest import (CPU, PETS, ROOT, call_main, cut_off, new_classifier, photo_folders,
+                            picture, read_csv, read_part, refusal, same_bits, train, untimed)
 
 # ========================================= image files ============================================
-
-
-def picture(mode="RGB", size=(300, 220)):
-    rng = np.random.default_rng(0)
-    noise = Image.fromarray(rng.integers(256, size=(6, 8, 3), dtype=np.uint8))
-    return noise.resize(size, Image.BICUBIC).convert(mode)
-
-
-def cut_off(path, share):
-    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
 
 
 def save(image, cut=None, **options):
@@ -69,6 +56,8 @@ GOOD = {
     "x.webp": save(picture()),
     "x.bmp": save(picture()),
     "x.tiff": save(picture()),
+    "x.ppm": save(picture()),
+    "x.jp2": save(picture()),
     "link.jpg": link,
 }
 BAD = {
@@ -83,6 +72,7 @@ BAD = {
     "animated.webp": (save(picture(), save_all=True, append_images=[picture("L")]), "several"),
     "pages.tiff": (save(picture(), save_all=True, append_images=[picture("L")]), "several"),
     "broken link.jpg": (lambda path: path.symlink_to("nowhere.jpg"), "cannot be read"),
+    "no utf-8 \udcff.jpg": (save(picture()), "cannot be read"),
 }
 
 
@@ -94,27 +84,6 @@ def test_images_of_all_kinds_are_usable_and_can_be_loaded(name, tmp_path):
     assert x.shape == (1, 3, 32, 32) and x.min() >= 0 and x.max() <= 1
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_files_that_cannot_be_decoded_get_a_reason(name, tmp_path):
-    write, word = BAD[name]
-    write(tmp_path / name)
-    assert word in why_unusable(tmp_path / name)
-
-
-@pytest.mark.parametrize("options", [{}, {"shuffle_seed": [3, 1], "drop_last": True, "shard_id": 1,
-                                          "num_shards": 2, "first_batch": 1}])
-def test_decoded_images_come_in_the_same_batches(options, pets):
-    files = sorted((pets / "train").rglob("*.jpg"))
-    images = decode_all(files, 32, CPU)
-    assert images.dtype == torch.uint8 and images.shape == (len(files), 3, 32, 32)
-    decoded = list(cached_loader(images, 5, **options))
-    streamed = list(dali_loader(files, None, 5, 32, CPU, **options))
-    assert len(decoded) == len(streamed) > 1
-    for (x, y), (x_streamed, y_streamed) in zip(decoded, streamed):
-        assert torch.equal(y, y_streamed)
-        torch.testing.assert_close(x, x_streamed, rtol=0, atol=1e-6)
-
-
 def test_folders_are_searched_through_links_and_litter_is_passed_over(tmp_path):
     elsewhere, folder = tmp_path / "elsewhere", tmp_path / "photos"
     for place in (elsewhere, folder / "a/b", folder / ".thumbnails"):
@@ -122,7 +91,7 @@ def test_folders_are_searched_through_links_and_litter_is_passed_over(tmp_path):
         picture().save(place / "1.jpg")
     (folder / "to elsewhere").symlink_to(elsewhere)
     (folder / "a/to photos").symlink_to(folder)  # a circle
-    for name in (".DS_Store", "Thumbs.db", "desktop.ini"):
+    for name in (".DS_Store", ".hidden.jpg", "Thumbs.db", "desktop.ini"):
         (folder / name).write_text("litter")
     (folder / "notes.txt").write_text("not litter")
     images, unusable = check_images(folder, "--flag")
@@ -134,110 +103,134 @@ def test_leaks_are_files_of_the_same_bytes(tmp_path):
     paths = [tmp_path / name for name in "abcde"]
     for path, text in zip(paths, ("cat", "dog", "dog", "cow", "sheep")):
         path.write_text(text)
-    assert same_bytes(paths[:2], paths[2:]) == {paths[1]: paths[2]}
-    assert same_bytes(paths[:1], paths[2:]) == {}
-
-
-def read_csv(path):
-    with open(path, newline="") as f:
-        return list(csv.DictReader(f))
+    assert find_leaks(paths[:2], paths[2:]) == {paths[1]: paths[2]}
+    assert find_leaks(paths[:1], paths[2:]) == {}
 
 
 def test_bad_files_are_left_out_and_listed_and_leaks_reported(pets, tmp_path, capsys):
     shutil.copytree(pets, tmp_path / "pets")
-    train = tmp_path / "pets/train"
+    train_dir = tmp_path / "pets/train"
     for name, write in GOOD.items():
-        write(train / name)
+        write(train_dir / name)
     for name, (write, _) in BAD.items():
-        write(train / name)
+        write(train_dir / name)
     cut_off(tmp_path / "pets/test/dog/001.jpg", 0.5)
-    shutil.copy(tmp_path / "pets/test/cat/002.jpg", train / "another name.jpg")
-    call_main("sgan_catsdogs", *PETS, *pet_folders(tmp_path / "pets"), "--out-dir",
-              tmp_path / "runs", "--epochs", 1)
-    output = capsys.readouterr().out
-    [run] = (tmp_path / "runs").iterdir()
+    shutil.copy(tmp_path / "pets/test/cat/002.jpg", train_dir / "another name.jpg")
+    run, results = train("sgan_catsdogs", *PETS, *photo_folders(tmp_path / "pets"), "--dry-run")
     left_out = {Path(row["file"]).name: row["why"] for row in read_csv(run / "left_out.csv")}
-    assert left_out.keys() == {*BAD, "001.jpg"}
-    assert all(word in left_out[name] for name, (_, word) in BAD.items())
+    words = {name.replace("\udcff", "\\udcff"): word for name, (_, word) in BAD.items()}
+    assert left_out.keys() == {*words, "001.jpg"}
+    assert all(word in left_out[name] for name, word in words.items())
     [leak] = read_csv(run / "leaks.csv")
     assert leak["held out"].endswith("test/cat/002.jpg")
     assert leak["training"].endswith("another name.jpg")
+    output = capsys.readouterr().out
     warnings = [line for line in output.splitlines() if line.startswith("warning: ")]
     assert len(warnings) == 2
-    assert warnings[0].startswith("warning: 12 ") and "left_out.csv" in warnings[0]
+    assert warnings[0].startswith("warning: 13 ") and "left_out.csv" in warnings[0]
     assert warnings[1].startswith("warning: 1 ") and "leaks.csv" in warnings[1]
-    results = json.loads((run / "results.json").read_text())
-    assert (results["left_out"], results["leaks"]) == (12, 1)
+    assert (results["left_out"], results["leaks"]) == (13, 1)
     assert f"{48 + len(GOOD) + 1 + 1} unlabeled" in output  # the link's target, the leak
 
 
-def test_a_folder_of_mostly_unusable_files_is_refused_with_their_list(pets, tmp_path, capsys):
-    shutil.copytree(pets / "train", tmp_path / "train")
-    for path in sorted((tmp_path / "train").iterdir())[:25]:
-        path.write_bytes(b"")
-    assert_refused(capsys, ["--unlabeled-dir", "25 of 48", "00000.jpg: empty", "..."], tmp_path,
-                   "sgan_catsdogs", *PETS, *pet_folders(pets), "--unlabeled-dir",
-                   tmp_path / "train")
+# =================================== making the four folders ======================================
 
 
-def test_photos_of_the_same_name_in_other_subfolders_are_all_drawn(tmp_path):
-    images = [tmp_path / f"photos/cat/{place}/1.jpg" for place in "abcdef"]
-    for path in images:
-        path.parent.mkdir(parents=True)
-        path.write_text(str(path))
-    targets = [tmp_path / part for part in ("labeled", "val", "train")]
-    draw_folders(images, ["cat"] * 6, targets, [3, 2], 0)
+def class_in_archive(path):
+    """The class of a photo by its place in either archive."""
+    return path.name.split(".")[0] if path.parent.name == "kaggle" else path.parent.name.lower()
+
+
+@pytest.mark.parametrize("layout, flags, labeled", [("kaggle", [], 50),
+                                                    ("PetImages", ["--labels-per-class", 3], 3)])
+def test_prepare_draws_balanced_folders(layout, flags, labeled, archives, tmp_path, capsys):
+    source = archives / layout
+    parts = {}  # {folder: its links, sorted, and the files that they lead to}
+    call_main("sgan_catsdogs", "--prepare", source, *photo_folders(tmp_path), "--split-seed", 3,
+              *flags)
+    for part in ("labeled", "val", "test", "train"):
+        links = sorted(path for path in (tmp_path / part).rglob("*") if path.is_file())
+        parts[part] = links, [path.resolve() for path in links]
+    sizes = [len(links) for links, _ in parts.values()]
+    assert sizes == [2 * labeled, 1000, 1000, 119 - 2 * labeled]
+    originals = [path for _, files in parts.values() for path in files]
+    everything = {path for path in source.rglob("*.jpg") if path.stat().st_size}
+    assert len(set(originals)) == len(originals) and set(originals) == everything
+    output = capsys.readouterr()
+    assert "1 file" in output.err and "666.jpg: empty" in output.err
+    assert "classes: cat, dog\n" in output.out
+    for part in ("labeled", "val", "test"):
+        links, files = parts[part]
+        assert [path.parent.name for path in links] == [class_in_archive(path) for path in files]
+        assert [path.parent.name for path in links].count("dog") == len(links) / 2
+    links, files = parts["train"]
+    assert all(re.fullmatch(r"\d{5}\.jpg", path.name) for path in links)  # tells no class
+    classes = [class_in_archive(path) for path in files]
+    assert classes.count("cat") == 59 - labeled  # one of 1,060 is damaged
+    assert classes != sorted(classes) and classes != sorted(classes, reverse=True)
     record = json.loads((tmp_path / "labeled.json").read_text())
-    first = [Path(record["source"], name) for name in record["files"]]
-    drawn = [path for target in targets for path in target.rglob("*.jpg")]
-    assert sorted(path.read_text() for path in drawn) == sorted(map(str, images))
-    assert [len(list(target.rglob("*.jpg"))) for target in targets] == [3, 2, 1]
-    assert {path.read_text() for path in targets[0].rglob("*.jpg")} == set(map(str, first))
-    assert all(path.read_text() == str(path) for path in images)  # the photos are as they were
+    assert record["split_seed"] == 3 and record["source"] == str(source)
+    assert sorted(source / name for name in record["files"]) == sorted(parts["labeled"][1])
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "labeled", "labeled.json", "test", "train", "val"]
 
 
-def test_a_seed_is_recorded_of_as_many_photos_as_were_drawn(tmp_path):
-    """The record of a draw lies beside its folder, where others may come later."""
-    photos = [tmp_path / f"photos/cat/{n}.jpg" for n in range(6)]
-    photos[0].parent.mkdir(parents=True)
-    for path in photos:
-        path.write_text("")
-    draw_folders(photos, ["cat"] * 6, [tmp_path / "labeled", tmp_path / "train"], [3], 7)
-    assert drawn_by(tmp_path / "labeled", 3) == 7
-    assert drawn_by(tmp_path / "labeled", 4) is None  # other photos
-    assert drawn_by(tmp_path / "train", 3) is None
+def test_prepare_refuses_what_it_cannot_draw(archives, pets, tmp_path, capsys):
+    def refused(source, *words):
+        message = refusal(capsys, "sgan_catsdogs", "--prepare", source, *photo_folders(new))
+        assert all(str(word) in message for word in words)
+
+    new = tmp_path / "new"
+    for part in ("labeled", "val", "test", "train"):  # an earlier draw, or somebody's photos
+        (new / part).mkdir(parents=True)
+        refused(archives / "kaggle", new / part, "exists")
+        assert os.listdir(new) == [part]
+        shutil.rmtree(new)
+    refused(pets / "test", "class cat", pets / "test", "15 images")
+    (tmp_path / "above").mkdir()
+    (tmp_path / "above/PetImages").symlink_to(archives / "PetImages")
+    refused(tmp_path / "above", tmp_path / "above", "one class only")
+    assert not new.exists()
+
+
+def test_download_unpacks_all_or_nothing(pets, capsys):
+    """The archive lies there already, so that nothing is fetched; it is too small to draw from."""
+    archive = Path("data/kagglecatsanddogs_5340.zip")
+    archive.parent.mkdir()
+    photos = sorted((pets / "test").rglob("*.jpg"))
+    with zipfile.ZipFile(archive, "w") as packed:
+        for path in photos:
+            packed.write(path, Path("PetImages") / path.relative_to(pets / "test"))
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[:len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7:])
+    assert "--download could not" in refusal(capsys, "sgan_catsdogs", "--download")
+    assert os.listdir("data") == [archive.name]
+    archive.write_bytes(whole)
+    assert "class cat" in refusal(capsys, "sgan_catsdogs", "--download")
+    unpacked = sorted(Path("data/PetImages").rglob("*.jpg"))
+    assert [path.read_bytes() for path in unpacked] == [path.read_bytes() for path in photos]
 
 
 # ==================================== runs that are ended early ===================================
 
-STEPS_PER_EPOCH = 48 // 16
+STEPS, EPOCHS = 48 // 16, 3  # in an epoch, in a run
 
 
-@pytest.fixture(scope="module")
-def flags(pets):
-    return [*PETS, *pet_folders(pets), "--epochs", 2]
-
-
-@pytest.fixture(scope="module")
-def whole(flags, tmp_path_factory):
+@pytest.fixture(scope="session")
+def whole(three_epochs, tmp_path_factory):
     """A run that nothing interrupted."""
-    return train(flags, tmp_path_factory.mktemp("whole"))
+    out_dir = tmp_path_factory.mktemp("whole") / "runs"
+    return train("sgan_catsdogs", *three_epochs, out_dir=out_dir)[0]
 
 
-def train(flags, out_dir):
-    call_main("sgan_catsdogs", *flags, "--out-dir", out_dir)
-    [run] = out_dir.iterdir()
-    return run
-
-
-def end_at(step, action, flags, out_dir):
-    """Train, with an action after the first update of one step; its folder and exit."""
+def end_at(step, number, flags, out_dir):
+    """Train, with a signal after the first update of one step; the run's folder, and its exit."""
     count, updates_a_step = [0], 1 if "--supervised-only" in flags else 2
 
     def after_update(optimizer, args, kwargs):
         count[0] += 1
         if count[0] == updates_a_step * (step - 1) + 1:
-            action()
+            os.kill(os.getpid(), number)
 
     handle = register_optimizer_step_post_hook(after_update)
     try:
@@ -245,291 +238,209 @@ def end_at(step, action, flags, out_dir):
             call_main("sgan_catsdogs", *flags, "--out-dir", out_dir)
     finally:
         handle.remove()
-    [run] = out_dir.iterdir()
+    [run] = Path(out_dir).iterdir()
     return run, stop.value.code
 
 
-def assert_same_run(run, other):
-    """Metrics and weights are equal bit for bit; times are not."""
+@pytest.fixture(scope="module")
+def own_pets(pets, tmp_path_factory):
+    """The photos of `ended`, which a test may change."""
+    return shutil.copytree(pets, tmp_path_factory.mktemp("own") / "pets")
+
+
+@pytest.fixture(scope="module")
+def ended(three_epochs, own_pets, tmp_path_factory):
+    """A run that was ended in its fifth step, the second of the second epoch; folder and exit."""
+    out_dir = tmp_path_factory.mktemp("ended") / "runs"
+    return end_at(STEPS + 2, signal.SIGINT, [*three_epochs, *photo_folders(own_pets)], out_dir)
+
+
+def step_of(run):
+    return torch.load(run / "last.pt", weights_only=True)["step"]
+
+
+def assert_same_run(run, other, within=None):
+    """Weights and metrics are equal bit for bit, but for times, and the losses of one epoch."""
     for name in ("final.pt", "best.pt"):
         assert same_bits(torch.load(run / name, weights_only=True),
                          torch.load(other / name, weights_only=True))
-    rows, other_rows = read_csv(run / "metrics.csv"), read_csv(other / "metrics.csv")
-    for row in rows + other_rows:
-        del row["seconds"], row["images_per_s"]
-    assert rows == other_rows
+    pairs = zip(read_csv(run / "metrics.csv"), read_csv(other / "metrics.csv"), strict=True)
+    for epoch, rows in enumerate(pairs, 1):
+        one, two = untimed(rows, but=("loss/", "monitor/") if epoch == within else ())
+        assert one == two
     results, others = (json.loads((folder / "results.json").read_text()) for folder in (run, other))
     for key in ("test_accuracy", "test_accuracy_best_val", "val_accuracy", "steps"):
         assert results[key] == others[key]
     assert not (run / "last.pt").exists()
+    assert not list(run.glob(".*"))  # nothing half written
 
 
-@pytest.mark.parametrize("step", [STEPS_PER_EPOCH, STEPS_PER_EPOCH + 2])
-def test_a_signal_ends_the_run_after_its_step_and_resume_goes_on_exactly(step, flags, whole,
-                                                                         tmp_path):
-    run, message = end_at(step, lambda: os.kill(os.getpid(), signal.SIGTERM), flags, tmp_path)
-    assert message.startswith(f"stopped after step {step} of {2 * STEPS_PER_EPOCH}")
-    assert message.endswith(f"python sgan_catsdogs.py --resume {run}")
-    assert torch.load(run / "last.pt", weights_only=True)["step"] == step
+def test_a_signal_within_an_epoch_ends_the_run_after_its_step(ended, whole, tmp_path):
+    run, message = ended
+    assert message == (f"stopped after step {STEPS + 2} of {STEPS * EPOCHS}; go on with "
+                       f"`python sgan_catsdogs.py --resume {run}`")
+    assert step_of(run) == STEPS + 2 and len(read_csv(run / "metrics.csv")) == 1
+    run = shutil.copytree(run, tmp_path / "run")
+    call_main("sgan_catsdogs", "--resume", run, "--epochs", EPOCHS)  # the flag may be repeated
+    assert_same_run(run, whole, within=2)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_ends_the_run_after_it(three_epochs, whole):
+    run, message = end_at(STEPS, signal.SIGTERM, three_epochs, "my runs")
+    assert f"after step {STEPS} " in message and message.endswith(f"--resume '{run}'`")
+    assert step_of(run) == STEPS and len(read_csv(run / "metrics.csv")) == 1
     call_main("sgan_catsdogs", "--resume", run)
     assert_same_run(run, whole)
 
 
-def test_baseline_is_resumed_too(flags, tmp_path):
+def test_baseline_is_resumed_too(three_epochs):
     """Its second optimiser never had a step."""
-    flags = [*flags, "--dry-run", "--supervised-only"]  # two steps
-    whole = train(flags, tmp_path / "whole")
-    run, _ = end_at(1, lambda: os.kill(os.getpid(), signal.SIGINT), flags, tmp_path / "ended")
+    flags = [*three_epochs, "--dry-run", "--supervised-only"]  # two steps
+    whole, _ = train("sgan_catsdogs", *flags, out_dir="whole")
+    run, _ = end_at(1, signal.SIGTERM, flags, "ended")
+    call_main("sgan_catsdogs", "--resume", run)
+    assert_same_run(run, whole, within=1)
+
+
+def test_a_process_killed_at_any_moment_is_resumed_exactly(killed_run, whole):
+    run = killed_run.result()
     call_main("sgan_catsdogs", "--resume", run)
     assert_same_run(run, whole)
 
 
-def test_checkpoints_within_an_epoch_change_nothing(flags, whole, tmp_path, monkeypatch):
-    monkeypatch.setattr("sgan_catsdogs.SAVE_SECONDS", 0)
-    saved = []
-    monkeypatch.setattr("sgan_catsdogs.random_state",
-                        lambda: saved.append(1) or common.random_state())
-    run = train(flags, tmp_path)
-    assert len(saved) == 2 * STEPS_PER_EPOCH
-    assert_same_run(run, whole)
-
-
-def test_a_process_killed_at_any_moment_is_resumed_exactly(flags, whole, tmp_path):
-    """kill -9 a random time after the first two new checkpoints, and go on to the end."""
-    out_dir, delays = tmp_path / "runs", np.random.default_rng(0).uniform(0, 0.5, 20)
-    command = [*flags, "--out-dir", out_dir]
-    kills = 0
-    for delay in delays:
-        process = subprocess.Popen([sys.executable, ROOT / "sgan_catsdogs.py", *map(str, command)],
-                                   stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        before = {path: path.stat().st_mtime_ns for path in out_dir.glob("*/last.pt")}
-        while process.poll() is None:
-            now = {path: path.stat().st_mtime_ns for path in out_dir.glob("*/last.pt")}
-            if kills < 2 and now and now != before:
-                time.sleep(delay)
-                process.kill()
-                kills += process.wait() == -signal.SIGKILL
-                break
-            time.sleep(0.02)
-        [run] = out_dir.iterdir()
-        if process.returncode == 0 or not (run / "last.pt").exists():
-            break
-        assert process.returncode == -signal.SIGKILL, process.stderr.read()
-        command = ["--resume", run]
-    assert kills >= 1
-    assert_same_run(run, whole)
-    assert not list(run.glob(".*"))  # nor is anything left that was half written
-
-
-def test_a_full_disk_keeps_the_checkpoint_before(flags, whole, tmp_path):
-    """A file may grow to 100 MB only: best.pt can be written, last.pt no more."""
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 10**6, limits[1]))
-
-    with Runs.starting:  # no other process is to begin with that limit
-        try:
-            run, message = end_at(STEPS_PER_EPOCH + 1, fill, flags, tmp_path)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert message.startswith(f"stopped: {run / 'last.pt'} cannot be written")
-    assert not [path for path in run.iterdir() if path.name.endswith(".tmp")]
-    assert torch.load(run / "last.pt", weights_only=True)["step"] == STEPS_PER_EPOCH
+def test_a_full_disk_keeps_the_checkpoint_before(ended, whole, tmp_path):
+    """No file may grow to more than 100 MB: best.pt can be written, last.pt no more."""
+    run = shutil.copytree(ended[0], tmp_path / "run")
+    script = [sys.executable, ROOT / "sgan_catsdogs.py", "--resume", run]
+    process = subprocess.run(["bash", "-c", 'ulimit -f 97000; exec "$@"', "-", *script], text=True,
+                             capture_output=True)
+    assert process.returncode == 1
+    assert re.fullmatch(f"stopped: {run}/last.pt cannot be written .*\n", process.stderr)
+    assert not list(run.glob(".*")) and step_of(run) == STEPS + 2
     call_main("sgan_catsdogs", "--resume", run)
-    assert_same_run(run, whole)
+    assert_same_run(run, whole, within=2)
 
 
-@pytest.fixture(scope="module")
-def ended(flags, tmp_path_factory):
-    """A run that was ended after its second step, its folder."""
-    run, _ = end_at(2, lambda: os.kill(os.getpid(), signal.SIGINT), flags,
-                    tmp_path_factory.mktemp("ended"))
-    return run
-
-
-def refused(capsys, words, *flags):
-    with pytest.raises(SystemExit) as stop:
-        call_main("sgan_catsdogs", *flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and message.startswith("error: ")
-    assert len(message.splitlines()) == 1
-    for word in words:
-        assert str(word) in message
-
-
-def test_other_flags_than_those_of_the_run_are_refused(ended, flags, tmp_path, capsys):
-    for flag, value, old in (("--epochs", 5, 2), ("--seed", 1, 0), ("--lr", 0.1, 0.001)):
-        refused(capsys, [flag, value, old, ended], "--resume", ended, flag, value)
-    assert torch.load(ended / "last.pt", weights_only=True)["step"] == 2  # as it was
-    state = torch.load(ended / "last.pt", weights_only=True)
+def test_other_flags_or_photos_are_refused(ended, own_pets, tmp_path, capsys):
+    run = ended[0]
+    for flag, value, old in (("--epochs", 5, 3), ("--seed", 1, 0), ("--lr", 0.1, 0.001)):
+        message = refusal(capsys, "sgan_catsdogs", "--resume", run, flag, value)
+        assert f"--resume {run}: that run has {flag} {old}, not {value}" in message
+    state = torch.load(run / "last.pt", weights_only=True)
     del state["args"]["constant_lr"]  # as if the run were older than the flag
     torch.save(state, tmp_path / "last.pt")
-    refused(capsys, ["--constant-lr False, not True", tmp_path], "--resume", tmp_path,
-            "--constant-lr")
-
-
-def test_a_run_that_another_process_is_at_work_on_is_refused(flags, tmp_path, capsys):
-    """Of two processes the one that began the run has it, until it ends."""
-    lock = [sys.executable, "-c", "import fcntl; f = open('args.json', 'r+'); "
-            "fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB); input('held')"]
-
-    def end():
-        [run] = (tmp_path / "runs").iterdir()
-        other = subprocess.run(lock, cwd=run, capture_output=True, text=True)
-        assert "BlockingIOError" in other.stderr or "PermissionError" in other.stderr
-        os.kill(os.getpid(), signal.SIGINT)
-
-    run, _ = end_at(2, end, flags, tmp_path / "runs")
-    run = shutil.copytree(run, tmp_path / "run")  # the lock on the other is this process's
-    with subprocess.Popen(lock, cwd=run, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
-        assert other.stdout.read(4) == b"held"
-        refused(capsys, ["--resume", run, "another process"], "--resume", run)
-        other.communicate(b"\n")
-    assert torch.load(run / "last.pt", weights_only=True)["step"] == 2  # as it was
+    assert "has --constant-lr False, not True" in refusal(
+        capsys, "sgan_catsdogs", "--resume", tmp_path, "--constant-lr")
+    photo = own_pets / "train/00007.jpg"
+    before = photo.read_bytes()
+    try:
+        for change in (lambda: photo.write_bytes(before + b"\0"), photo.unlink):
+            change()
+            message = refusal(capsys, "sgan_catsdogs", "--resume", run)
+            assert f"--resume {run}: the folders do not hold the images" in message
+    finally:
+        photo.write_bytes(before)
 
 
 def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, capsys):
-    refused(capsys, ["--resume", "last.pt"], "--resume", tmp_path)
-    refused(capsys, ["--resume", "last.pt"], "--resume", whole)  # finished: nothing to resume
-    shutil.copy(ended / "last.pt", tmp_path)
+    def refused(folder, word):
+        message = refusal(capsys, "sgan_catsdogs", "--resume", folder)
+        assert str(folder / "last.pt") in message and word in message
+
+    refused(tmp_path, "no file")
+    refused(whole, "no file")  # finished: nothing to resume
+    shutil.copy(ended[0] / "last.pt", tmp_path)
     cut_off(tmp_path / "last.pt", 0.7)
-    refused(capsys, ["--resume", "last.pt", "damaged"], "--resume", tmp_path)
+    refused(tmp_path, "damaged")
     shutil.copy(whole / "best.pt", tmp_path / "last.pt")
-    refused(capsys, ["--resume", "last.pt"], "--resume", tmp_path)
-    state = torch.load(ended / "last.pt", weights_only=True)
+    refused(tmp_path, "another kind of checkpoint")
+    state = torch.load(ended[0] / "last.pt", weights_only=True)
     state["classifier"]["head.weight"] = torch.zeros(2, 3)
     torch.save(state, tmp_path / "last.pt")
-    refused(capsys, ["--resume", "last.pt", "other networks"], "--resume", tmp_path)
-
-
-def test_other_photos_than_those_of_the_run_are_refused(flags, pets, tmp_path, capsys):
-    shutil.copytree(pets, tmp_path / "pets")
-    flags = [*PETS, *pet_folders(tmp_path / "pets")]
-    run, _ = end_at(1, lambda: os.kill(os.getpid(), signal.SIGINT), flags, tmp_path / "runs")
-    capsys.readouterr()
-    (tmp_path / "pets/train/00007.jpg").unlink()
-    refused(capsys, ["--resume", run, "images"], "--resume", run)
+    refused(tmp_path, "other networks")
 
 
 # ====================================== labels for new photos =====================================
 
 
-def test_predictions_are_those_of_the_checkpoint_least_certain_first(whole, pets, tmp_path,
-                                                                     monkeypatch, capsys):
-    photos = tmp_path / "new photos"
-    shutil.copytree(pets / "test", photos)
+def test_predictions_are_those_of_the_checkpoint_least_certain_first(whole, pets, tmp_path, capsys):
+    photos = shutil.copytree(pets / "test", tmp_path / "new photos")
     (photos / "notes.txt").write_text("no photo")
-    monkeypatch.chdir(tmp_path)  # without any training data
     call_main("sgan_catsdogs", "--predict", photos, "--checkpoint", whole / "best.pt", "--device",
               "cpu", "--batch-size", 7)
-    [run] = (tmp_path / "runs").iterdir()
+    [run] = Path("runs").iterdir()
     rows = read_csv(run / "predictions.csv")
     assert sorted(row["file"] for row in rows) == sorted(map(str, photos.rglob("*.jpg")))
     probabilities = [float(row["probability"]) for row in rows]
-    assert probabilities == sorted(probabilities) and probabilities[0] >= 0.5
-    assert all(0 <= float(row["looks_like_training"]) <= 1 for row in rows)
+    assert probabilities == sorted(probabilities)
     classifier = new_classifier("sgan_catsdogs").eval()
     classifier.load_state_dict(torch.load(whole / "best.pt", weights_only=True)["classifier"])
+    with torch.no_grad():
+        logits, _, r = classifier(read_part(pets, "test")[0])
+    names = [str(path) for path in sorted(photos.rglob("*.jpg"))]
     for row in rows:
-        [(x, _)] = dali_loader([row["file"]], None, 1, 32, CPU)
-        with torch.no_grad():
-            logits, _, r = classifier(x)
-        p = logits.softmax(dim=1)[0]
+        n, k = names.index(row["file"]), ["cat", "dog"].index(row["class"])
+        p = logits.softmax(dim=1)[n]
         assert float(row["probability"]) == pytest.approx(p.max().item(), abs=0.02)  # bfloat16
-        assert p[["cat", "dog"].index(row["class"])] > 0.47
-        assert float(row["looks_like_training"]) == pytest.approx(r.sigmoid().item(), abs=0.02)
-    correct = np.mean([row["class"] == Path(row["file"]).parent.name for row in rows])
-    results = json.loads((whole / "results.json").read_text())
-    assert correct == pytest.approx(results["test_accuracy_best_val"])
+        assert p[k] > 0.47
+        assert float(row["looks_like_training"]) == pytest.approx(r[n].sigmoid().item(), abs=0.02)
     with Image.open(run / "contact_sheet.png") as sheet:
         assert sheet.width > 500
     assert [Path(row["file"]).name for row in read_csv(run / "left_out.csv")] == ["notes.txt"]
-    counts = re.findall(r"(\d+) (?:cat|dog)", capsys.readouterr().out)
-    assert sum(map(int, counts)) == len(rows)
+    counts = re.findall(r"(\d+) (cat|dog)", capsys.readouterr().out.splitlines()[-1])
+    assert counts == [(str([row["class"] for row in rows].count(name)), name)
+                      for name in ("cat", "dog")]
 
 
 def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path, capsys):
-    refused(capsys, ["--predict", "--checkpoint"], "--predict", pets / "test")
-    refused(capsys, ["--predict", "--checkpoint"], "--checkpoint", whole / "best.pt")
-    for path in (tmp_path / "missing.pt", ended / "last.pt", ended / "args.json"):
-        refused(capsys, ["--checkpoint", path], "--predict", pets / "test", "--checkpoint", path)
+    def refused(*flags):
+        return refusal(capsys, "sgan_catsdogs", *flags)
+
+    assert "given together" in refused("--predict", pets / "test")
+    assert "given together" in refused("--checkpoint", whole / "best.pt")
     state = torch.load(whole / "best.pt", weights_only=True)
     del state["classifier"]["head.bias"]
     torch.save(state, tmp_path / "best.pt")
-    refused(capsys, ["--checkpoint", tmp_path / "best.pt", "other networks"], "--predict",
-            pets / "test", "--checkpoint", tmp_path / "best.pt")
+    for path, word in ((tmp_path / "missing.pt", "no file"), (ended[0] / "args.json", "damaged"),
+                       (ended[0] / "last.pt", "another kind"),
+                       (tmp_path / "best.pt", "other networks")):
+        message = refused("--predict", pets / "test", "--checkpoint", path)
+        assert f"--checkpoint: {path}" in message or f"no file {path}" in message
+        assert word in message
+    assert not Path("runs").exists()
 
 
 # ======================================= several processes ========================================
 
-DRIVER = """
-import os
-import sys
-from types import SimpleNamespace
-import torch
-import sgan_catsdogs
-# Dropout masks are drawn by each process for its part. In float64, as the rounding of float32 grows
-# to differences that one could not tell from mistakes.
-torch.nn.Dropout.forward = lambda self, x: x
-torch.set_default_dtype(torch.float64)
-torch.Tensor.float = torch.Tensor.double  # in the scripts it makes float32 of bfloat16
-augment = sgan_catsdogs.augment
-sgan_catsdogs.augment = lambda x, *args: augment(x.double(), *args)
-evaluate = sgan_catsdogs.evaluate
-sgan_catsdogs.evaluate = lambda classifier, batches, num_classes: evaluate(
-    classifier, ((x.double(), y) for x, y in batches), num_classes)
-sgan_catsdogs.SAVE_SECONDS = 0  # checkpoints within the epoch change nothing
-sgan_catsdogs.bf16_autocast = lambda device: torch.autocast(device.type, enabled=False)
-if os.environ.get("RANK") == "1" and "--resume" not in sys.argv:  # asked to stop after two steps
-    answers = iter([False, True])
-    sgan_catsdogs.stop_signal = lambda: SimpleNamespace(is_set=lambda: next(answers))
-sgan_catsdogs.main()
-"""
+def test_two_processes_share_the_photos_and_end_with_the_same_weights(pets_runs, pets):
+    run, output = pets_runs["two processes"], pets_runs.completed("two processes").stdout
+    assert "`torchrun --nproc-per-node 2 sgan_catsdogs.py --resume runs/" in output
+    assert output.count("RESULT") == 1  # of the first process alone
+    assert [int(row["step"]) for row in run.rows] == [STEPS, 2 * STEPS]
+    one, two = (torch.load(run.folder.parent.parent / f"rank{rank}.pt", weights_only=True)
+                for rank in range(2))
+    assert set(one["weights"]) == {"Classifier", "Generator"}
+    assert same_bits(one["weights"], two["weights"])
+    known, orders = read_part(pets, "train")[0].flatten(1), []
+    for epoch in (slice(0, STEPS), slice(STEPS, 2 * STEPS)):
+        seen = torch.cat([one["photos"][epoch], two["photos"][epoch]]).flatten(0, 1).flatten(1)
+        distance, index = torch.cdist(seen, known).min(dim=1)
+        assert distance.max() < 0.1 and sorted(index.tolist()) == list(range(48))
+        orders.append(index.tolist())
+    assert orders[0] != orders[1]
+    for state in (one, two):
+        assert torch.equal(state["gradients"][0], torch.full((2, 2), 1.5))
+        assert torch.equal(state["gradients"][1], torch.tensor([0.0, 2.5]))
 
 
-def test_two_processes_train_as_one_even_if_stopped_and_resumed(flags, tmp_path):
-    """The same global batches: losses, validation and batch-norm statistics agree by rounding."""
-    (tmp_path / "driver.py").write_text(DRIVER)
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-
-    with contextlib.ExitStack() as at_the_end:
-        def start(launcher, *flags):
-            command = [sys.executable, *launcher, tmp_path / "driver.py", *flags]
-            process = subprocess.Popen(list(map(str, command)), text=True,
-                                       env={**os.environ, "PYTHONPATH": str(ROOT)},
-                                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            at_the_end.callback(process.terminate)
-            return process
-
-        flags = [*flags, "--epochs", 1, "--out-dir"]
-        one, two = start([], *flags, tmp_path / "one"), start(torchrun, *flags, tmp_path / "two")
-        _, errors = two.communicate(timeout=300)
-        assert two.returncode == 1, errors
-        [run] = (tmp_path / "two").iterdir()
-        assert (f"stopped after step 2 of {STEPS_PER_EPOCH}; to go on: torchrun --nproc-per-node 2 "
-                f"sgan_catsdogs.py --resume {run}") in errors
-        assert not (run / "metrics.csv").exists()  # the losses so far are in the checkpoint
-        for process in (one, start(torchrun, "--resume", run)):
-            output, errors = process.communicate(timeout=300)
-            assert process.returncode == 0, errors
-            assert output.count("RESULT") == 1  # of the first process alone
-    rows, weights = [], []
-    for name in ("one", "two"):
-        [run] = (tmp_path / name).iterdir()
-        [row] = read_csv(run / "metrics.csv")
-        rows.append({column: float(value) for column, value in row.items() if value})
-        weights.append(torch.load(run / "final.pt", weights_only=True))
-    for column in rows[0].keys() - {"seconds", "images_per_s"}:
-        assert rows[1][column] == pytest.approx(rows[0][column], rel=1e-4, abs=1e-4), column
-    for part in ("classifier", "generator"):
-        for name, one in weights[0][part].items():
-            if "num_batches" not in name:
-                torch.testing.assert_close(weights[1][part][name], one, rtol=1e-3, atol=1e-4)
-
-
-def test_processes_must_share_a_batch_evenly(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("sgan_catsdogs.start_processes", lambda device: (0, 2))  # as if of two
-    refused(capsys, ["--batch-size 15", "2 processes"], *flags, "--batch-size", 15,
-            "--out-dir", tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
+@pytest.mark.parametrize("batch_size, world, words", [
+    (15, 2, "--batch-size 15 must be a multiple of the 2 processes"),
+    (18, 9, "9 processes need at least one labeled image each, of the 8")])
+def test_processes_must_share_a_batch_evenly(batch_size, world, words, pets, capsys):
+    args = SimpleNamespace(
+        labeled_dir=pets / "labeled", unlabeled_dir=pets / "train", val_dir=pets / "val",
+        test_dir=pets / "test", batch_size=batch_size, consistency_weight=3.0, image_size=32,
+        supervised_only=False, dry_run=False)
+    with pytest.raises(SystemExit) as stop:
+        sgan_catsdogs.read_folders(args, CPU, 0, world)
+    assert stop.value.code == 2 and words in capsys.readouterr().err

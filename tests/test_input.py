@@ -1,0 +1,158 @@
+"""Bad input is refused before training, with exit status 2 and a sentence that names the flag."""
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+
+from tests.conftest import (DIGITS, MNIST, PETS, SCRIPTS, SVHN, cut_off, photo_folders, refusal,
+                            write_idx)
+
+
+@pytest.fixture
+def assert_refused(mnist, svhn, pets, capsys):
+    """Refused with all words of the message, and no folder of a run made; see refusal()."""
+    good = {"sgan_mnist": [*MNIST, "--data-dir", mnist], "sgan_svhn": [*SVHN, "--data-dir", svhn],
+            "sgan_catsdogs": [*PETS, *photo_folders(pets)], "toy_rings": []}
+
+    def assert_refused(name, flags, words):
+        message = refusal(capsys, name, *good[name], *flags, "--dry-run")
+        assert all(str(word) in message for word in words), message
+        assert not Path("runs").exists()
+    return assert_refused
+
+
+# ============================================= flags ==============================================
+
+BELOW_ZERO, NOT_ABOVE = [-1, "nan"], [0, -1, "nan"]
+BAD_NUMBERS = {
+    "--seed": [-1, 2**63, 1.5], "--split-seed": [-1, 2**63], "--epochs": [0, -3, "many"],
+    "--batch-size": [1, 0, -1], "--lr": NOT_ABOVE, "--gan-weight": BELOW_ZERO,
+    "--consistency-weight": BELOW_ZERO, "--augmentation": [-0.1, 1.5, "nan"],
+    "--ema-decay": [-0.1, 1, "nan"]}
+OWN_NUMBERS = [*((name, "--warmup-steps", [-1]) for name in DIGITS),
+               ("sgan_svhn", "--real-label-smoothing", [-0.1, 1.1, "nan"]),
+               ("sgan_catsdogs", "--image-size", [0, -32, 31]),
+               ("sgan_catsdogs", "--lr-generator", NOT_ABOVE),
+               ("sgan_catsdogs", "--labels-per-class", [0]),
+               ("toy_rings", "--epochs", [0]), ("toy_rings", "--seed", [-1])]
+
+
+@pytest.mark.parametrize("name, flag, values", [
+    *((name, flag, values) for name in SCRIPTS for flag, values in BAD_NUMBERS.items()),
+    *OWN_NUMBERS])
+def test_numbers_out_of_bounds_are_refused(name, flag, values, assert_refused):
+    for value in values:
+        assert_refused(name, [flag, value], [f"{name}.py: error: argument {flag}: ", value])
+
+
+@pytest.mark.parametrize("name, flags, words", [
+    *((name, ["--num-labeled", n], ["--num-labeled", n]) for n in (15, 0, -10)
+      for name in (*DIGITS, "toy_rings")),
+    ("toy_rings", ["--num-labeled", 7], ["--num-labeled", 7]),
+    ("toy_rings", ["--num-labeled", 4000], ["--num-labeled", 4000, 2000]),
+    ("sgan_mnist", ["--num-labeled", 100_000], ["--num-labeled", 900]),
+    ("sgan_svhn", ["--num-labeled", 100_000], ["--num-labeled", 700]),
+    *((name, ["--batch-size", 100_000], ["--batch-size"]) for name in SCRIPTS),
+    ("sgan_catsdogs", ["--batch-size", 3], ["--batch-size 3 is too small"]),
+    ("sgan_catsdogs", ["--image-size", 48], ["--image-size", "multiple of 32", 48]),
+    *(("sgan_catsdogs", [flag, "nowhere"], [f"{flag} nowhere is not a folder"])
+      for flag in ("--labeled-dir", "--unlabeled-dir", "--val-dir", "--test-dir"))])
+def test_flags_that_do_not_fit_the_data_are_refused(name, flags, words, assert_refused):
+    assert_refused(name, flags, words)
+
+
+def test_prepare_refuses_a_folder_that_is_none(capsys):
+    message = refusal(capsys, "sgan_catsdogs", "--prepare", "nowhere")
+    assert "--prepare nowhere is not a folder" in message
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
+@pytest.mark.parametrize("name", [*SCRIPTS, "toy_rings"])
+def test_cuda_without_a_gpu_is_refused(name, assert_refused):
+    assert_refused(name, ["--device", "cuda"], ["--device cuda"])
+
+
+# ======================================== files of digits =========================================
+
+X, Y = "MNIST/raw/train-images-idx3-ubyte", "MNIST/raw/train-labels-idx1-ubyte"
+BAD_MNIST = {
+    "garbage": lambda root: (root / X).write_bytes(b"no digits here" * 100),
+    "empty": lambda root: (root / X).write_bytes(b""),
+    "cut off": lambda root: cut_off(root / X, 0.9),
+    "other type": lambda root: (root / X).write_bytes(
+        b"\0\0\x0d" + (root / X).read_bytes()[3:]),  # 13: float32
+    "images are labels": lambda root: shutil.copy(root / Y, root / X),
+    "fewer labels": lambda root: write_idx(root / Y, np.arange(800) % 10)}
+
+
+@pytest.mark.parametrize("damage", BAD_MNIST.values(), ids=BAD_MNIST)
+def test_damaged_idx_files_are_refused(damage, mnist, tmp_path, assert_refused):
+    damage(shutil.copytree(mnist, tmp_path / "data"))
+    assert_refused("sgan_mnist", ["--data-dir", tmp_path / "data"], [tmp_path / "data"])
+
+
+IMAGES = np.zeros((32, 32, 3, 30), np.uint8)
+BAD_SVHN = {
+    "garbage": lambda path: path.write_bytes(b"no digits here" * 100),
+    "empty": lambda path: path.write_bytes(b""),
+    "cut off": lambda path: cut_off(path, 0.9),
+    "no labels": lambda path: savemat(path, {"X": IMAGES}),
+    "images first": lambda path: savemat(path, {"X": IMAGES.transpose(3, 0, 1, 2),
+                                                "y": np.ones((30, 1))}),
+    "float images": lambda path: savemat(path, {"X": IMAGES / 1.0, "y": np.ones((30, 1))}),
+    "fewer labels": lambda path: savemat(path, {"X": IMAGES, "y": np.ones((29, 1))})}
+
+
+@pytest.mark.parametrize("damage", BAD_SVHN.values(), ids=BAD_SVHN)
+def test_damaged_mat_files_are_refused(damage, svhn, tmp_path, assert_refused):
+    path = shutil.copytree(svhn, tmp_path / "data") / "SVHN/train_32x32.mat"
+    damage(path)
+    assert_refused("sgan_svhn", ["--data-dir", tmp_path / "data"], [path])
+
+
+# ======================================= folders of photos ========================================
+
+
+def emptied(folder, keep=0):
+    for path in sorted(folder.iterdir())[keep:]:
+        path.unlink()
+
+
+def mostly_empty_files(root):
+    for path in sorted((root / "train").iterdir())[:25]:
+        path.write_bytes(b"")
+
+
+BAD_PETS = {  # what is done to the folders, and the words of the message
+    "empty labeled folder": (lambda root: (shutil.rmtree(root / "labeled"),
+                                           (root / "labeled").mkdir()), ["--labeled-dir"]),
+    "empty unlabeled folder": (lambda root: emptied(root / "train"), ["--unlabeled-dir"]),
+    "empty class": (lambda root: (root / "labeled/cow").mkdir(), ["class cow in --labeled-dir"]),
+    "one class only": (lambda root: emptied(root / "labeled/dog"), ["--labeled-dir", "(cat)"]),
+    "validation class never seen": (lambda root: (root / "val/dog").rename(root / "val/cow"),
+                                    ["--val-dir", "class cow", "cat, dog"]),
+    "test class never seen": (lambda root: (root / "test/dog").rename(root / "test/cow"),
+                              ["--test-dir", "class cow"]),
+    "text for a labeled image": (lambda root: (root / "labeled/cat/001.jpg").write_text("x"),
+                                 ["--labeled-dir", "labeled/cat/001.jpg: not an image"]),
+    "labeled image cut off": (lambda root: cut_off(root / "labeled/cat/001.jpg", 0.9),
+                              ["--labeled-dir", "labeled/cat/001.jpg: cannot be read"]),
+    "name without a class": (lambda root: os.rename(root / "labeled/cat/001.jpg",
+                                                    root / "labeled/12.jpg"),
+                             ["labeled/12.jpg has no class"]),
+    "fewer unlabeled images than a batch": (lambda root: emptied(root / "train", keep=15),
+                                            ["--unlabeled-dir", "15 images", "--batch-size to 15"]),
+    "mostly bad files": (mostly_empty_files,
+                         ["25 of 48", "--unlabeled-dir", "00000.jpg: empty", "\n  ..."])}
+
+
+@pytest.mark.parametrize("damage, words", BAD_PETS.values(), ids=BAD_PETS)
+def test_bad_folders_are_refused(damage, words, pets, tmp_path, assert_refused):
+    root = shutil.copytree(pets, tmp_path / "pets")
+    damage(root)
+    assert_refused("sgan_catsdogs", photo_folders(root), words)

@@ -1,0 +1,520 @@
+"""Inside the training step: which images pass, which losses move which network, and by how much.
+
+Training runs are watched through torch's global hooks; nothing in the scripts is replaced.
+frozen_statistics, surest_of_each_class, networks and augment are called on their own below.
+"""
+
+import importlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
+
+from common import balanced_split
+from tests.conftest import (DIGITS, SCRIPTS, new_classifier, photo_folders, read_csv, read_part,
+                            same_bits, train)
+
+# ==================================== runs of two steps an epoch ==================================
+
+GAN_WEIGHT, CONSISTENCY_WEIGHT = 0.7, 0.4
+DIGIT_KINDS = {10: "labeled", 160: "unlabeled", 50: "fake"}  # by how many there are in a step
+PHOTO_KINDS = {8: "labeled", 20: "unlabeled", 10: "fake"}
+
+
+@pytest.fixture(scope="session")
+def few_steps(mnist, svhn, pets):
+    """Of each script: flags for epochs of two steps, labeled images and labels, unlabeled images.
+    """
+    weights = ["--gan-weight", GAN_WEIGHT, "--consistency-weight", CONSISTENCY_WEIGHT]
+    found = {"sgan_catsdogs": SimpleNamespace(
+        flags=["--device", "cpu", *weights, *photo_folders(pets), "--image-size", 32,
+               "--batch-size", 20, "--epochs", 3],
+        labeled=read_part(pets, "labeled"), unlabeled=read_part(pets, "train")[0])}
+    for name, root in (("sgan_mnist", mnist), ("sgan_svhn", svhn)):
+        x, y = read_part(root, "train")
+        labeled, _, others = balanced_split(y, 10, (len(y) - 10) // 2, 10, seed=0)
+        found[name] = SimpleNamespace(
+            flags=["--device", "cpu", *weights, "--data-dir", root, "--num-labeled", 10,
+                   "--batch-size", 160, "--epochs", 1, "--warmup-steps", 0],
+            labeled=(x[labeled], y[labeled]), unlabeled=x[torch.cat([labeled, others])])
+    return found
+
+
+def copied(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def gradients(network):
+    return {name: None if p.grad is None else p.grad.clone()
+            for name, p in network.named_parameters()}
+
+
+def changed(before, after):
+    """Names of the tensors that are not the same bit for bit, None included."""
+    return {name for name, old in before.items()
+            if (old is None) != (after[name] is None)
+            or (old is not None and not torch.equal(old, after[name]))}
+
+
+def watch(name, flags, out_dir="runs"):
+    """A run in this process, seen through torch's global hooks, step by step.
+
+    passes: {kind of images: a forward pass of the classifier in training mode}. Those of kind
+    "generator" are fakes through which a gradient goes back. A pass holds its input, its outputs,
+    N times the gradients that come back to logits and r, and the names of the running statistics
+    that it moves. It also holds the generator's latest images and the teacher's latest pass.
+    updates: {network: its update}. An update holds its learning rate. For each network it holds the
+    weights that it moves, and the gradients that are not those of the update before.
+    state: the classifier's after the step.
+    """
+    script, networks, steps = importlib.import_module(name), {}, []
+    kinds, latest = PHOTO_KINDS if name == "sgan_catsdogs" else DIGIT_KINDS, SimpleNamespace()
+
+    def before_forward(module, inputs):
+        if module.training and isinstance(module, (script.Classifier, script.Generator)):
+            if type(module).__name__ not in networks:  # seen first in the first step, untrained
+                networks[type(module).__name__] = module
+                module.at_first = copied(module.state_dict().items())
+                module.latest = gradients(module)
+            module.buffers_before = copied(module.named_buffers())
+
+    def after_forward(module, inputs, outputs):
+        if isinstance(module, script.Generator) and module.training:
+            latest.fakes, latest.teacher = outputs.detach(), None
+        elif isinstance(module, script.Classifier) and not module.training:
+            latest.teacher = SimpleNamespace(x=inputs[0], p=outputs[0].float().softmax(dim=1))
+        elif isinstance(module, script.Classifier):
+            logits, features, r = outputs
+            kind = "generator" if inputs[0].requires_grad else kinds[len(logits)]
+            if not steps or kind in steps[-1].passes:
+                steps.append(SimpleNamespace(passes={}, updates={}))
+            moved = changed(module.buffers_before, dict(module.named_buffers()))
+            seen = steps[-1].passes[kind] = SimpleNamespace(
+                x=inputs[0].detach(), logits=logits.detach().double(),
+                features=features.detach().double(), r=r.detach().double(),
+                moved={n for n in moved if "num_batches" not in n}, **vars(latest))
+            logits.register_hook(lambda grad: setattr(seen, "grad", len(grad) * grad.double()))
+            r.register_hook(lambda grad: setattr(seen, "grad_r", len(grad) * grad.double()))
+
+    def before_update(optimizer, args, kwargs):
+        weight = optimizer.param_groups[0]["params"][0]
+        name = next(n for n, net in networks.items() if next(net.parameters()) is weight)
+        steps[-1].updates[name] = SimpleNamespace(
+            lr=optimizer.param_groups[0]["lr"],
+            new_gradients={n: changed(net.latest, gradients(net)) for n, net in networks.items()})
+        for network in networks.values():
+            network.latest = gradients(network)
+            network.weights_before = copied(network.named_parameters())
+
+    def after_update(optimizer, args, kwargs):
+        list(steps[-1].updates.values())[-1].moved = {
+            n: changed(net.weights_before, dict(net.named_parameters()))
+            for n, net in networks.items()}
+        steps[-1].state = copied(networks["Classifier"].state_dict().items())
+
+    handles = [register_module_forward_pre_hook(before_forward),
+               register_module_forward_hook(after_forward),
+               register_optimizer_step_pre_hook(before_update),
+               register_optimizer_step_post_hook(after_update)]
+    try:
+        folder, results = train(name, *flags, out_dir=out_dir)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert len(steps) == results["steps"]
+    return SimpleNamespace(name=name, script=script, networks=networks, steps=steps,
+                           row=read_csv(folder / "metrics.csv")[-1],
+                           final=torch.load(folder / "final.pt", weights_only=True))
+
+
+WARM_UP = 30  # steps after which the teacher is sure of some digits
+
+
+@pytest.fixture(scope="session", params=SCRIPTS)
+def watched(request, few_steps, tmp_path_factory):
+    """Six steps of photos, of digits two after the warm-up; images stay as they are in the files.
+    """
+    flags = ["--augmentation", 0, "--ema-decay", 0.4, "--lr", 0.002]
+    flags += (["--lr-generator", 0.004] if request.param == "sgan_catsdogs"
+              else ["--warmup-steps", WARM_UP])
+    data = few_steps[request.param]
+    seen = watch(request.param, [*data.flags, *flags], tmp_path_factory.mktemp("watched") / "runs")
+    seen.data = data
+    seen.warm_up, seen.gan_steps = ((seen.steps[:WARM_UP], seen.steps[WARM_UP:])
+                                    if request.param in DIGITS else ([], seen.steps))
+    return seen
+
+
+def find(images, known):
+    """The index in known of each image, which is there up to rounding."""
+    distance, index = torch.cdist(images.double().flatten(1), known.double().flatten(1)).min(dim=1)
+    assert distance.max() < 0.01
+    return index
+
+
+def test_steps_pass_labeled_unlabeled_and_fake_images_apart(watched):
+    for step in watched.warm_up:
+        assert list(step.passes) == ["labeled"] and list(step.updates) == ["Classifier"]
+    seen = []
+    for step in watched.gan_steps:
+        assert sorted(step.passes) == ["fake", "generator", "labeled", "unlabeled"]
+        assert list(step.passes)[-1] == "generator"
+        assert list(step.updates) == ["Classifier", "Generator"]
+        for kind in ("fake", "generator"):
+            torch.testing.assert_close(step.passes[kind].x, step.passes["fake"].fakes.float(),
+                                       rtol=0, atol=1e-4)
+        seen.append(find(step.passes["unlabeled"].x, watched.data.unlabeled))
+    for one, other in zip(seen[::2], seen[1::2]):  # no image twice in an epoch
+        assert len(torch.cat([one, other]).unique()) == 2 * len(one)
+    for step in watched.steps:
+        assert len(find(step.passes["labeled"].x, watched.data.labeled[0]).unique()) == len(
+            watched.data.labeled[1])
+
+
+def statistics_of(classifier):
+    return {f"{n}.{statistic}" for n, module in classifier.named_modules()
+            if isinstance(module, torch.nn.BatchNorm2d)
+            for statistic in ("running_mean", "running_var")}
+
+
+def test_only_unlabeled_images_move_batch_norm_statistics(watched):
+    norms = statistics_of(watched.networks["Classifier"])
+    assert len(norms) >= 10
+    for step in watched.gan_steps:
+        for kind, seen in step.passes.items():
+            assert seen.moved == (norms if kind == "unlabeled" else set())
+    assert all(step.passes["labeled"].moved == norms for step in watched.warm_up)
+
+
+def test_each_update_moves_its_own_network_by_its_own_gradient(watched):
+    for step in watched.steps:
+        for name, update in step.updates.items():
+            for other, network in watched.networks.items():
+                own = set(dict(network.named_parameters())) if other == name else set()
+                assert update.moved.get(other, set()) == own
+                # the backward pass leaves the other network's gradients as they are, at first None
+                assert update.new_gradients.get(other, set()) == own
+
+
+def test_learning_rates_fall_over_the_second_half(watched):
+    photos = watched.name == "sgan_catsdogs"
+    falling = [1, 1, 1, 1, 2 / 3, 1 / 3] if photos else [1] * 16 + [1 - k / 16 for k in range(16)]
+    for step, rate in zip(watched.steps, falling, strict=True):
+        for name, update in step.updates.items():
+            lr = 0.004 if photos and name == "Generator" else 0.002
+            assert update.lr == pytest.approx(lr * rate)
+
+
+def surest(p, count):
+    """1 for the surest images of each class, of an image that several want at the likeliest."""
+    chosen = torch.zeros(p.shape, dtype=torch.long)
+    for k in range(p.shape[1]):
+        chosen[p[:, k].topk(count).indices, k] = 1  # logits of 8 bits may tie: as the script does
+    for i in (chosen.sum(dim=1) > 1).nonzero().flatten().tolist():
+        chosen[i] = F.one_hot((chosen[i] * p[i]).argmax(), p.shape[1])
+    return chosen
+
+
+def taught(watched, n):
+    """What the teacher taught in step n: (N, K), 1 at the label of each image picked, else 0."""
+    seen = watched.gan_steps[n].passes["unlabeled"]
+    if seen.teacher is None:
+        return torch.zeros_like(seen.logits)
+    if watched.name == "sgan_catsdogs":
+        return surest(seen.teacher.p, n)  # of 6 steps each takes one more, up to half of 20
+    p, label = seen.teacher.p.max(dim=1)
+    return F.one_hot(label, 10) * (p > watched.script.CONFIDENCE)[:, None]
+
+
+def test_teacher_labels_some_images_as_they_are(watched):
+    asked = [step.passes["unlabeled"].teacher for step in watched.gan_steps]
+    assert [n for n, teacher in enumerate(asked) if teacher is None] == (
+        [0] if watched.name == "sgan_catsdogs" else [])  # in the first fifth of a run of photos
+    for n, teacher in enumerate(asked):
+        if teacher is not None:
+            assert find(teacher.x, watched.data.unlabeled).equal(
+                find(watched.gan_steps[n].passes["unlabeled"].x, watched.data.unlabeled))
+            assert 0 < taught(watched, n).sum() < len(teacher.x)
+
+
+def real_gradient(seen, target):
+    """N times that of -log D(x), target 1, or -log(1 - D(x)), target 0, by the logits: (N, K)."""
+    z = seen.logits.exp().sum(dim=1, keepdim=True)
+    return (z / (1 + z) - target) * seen.logits.softmax(dim=1)
+
+
+def test_classifier_minimises_the_losses_with_their_weights(watched):
+    for n, step in enumerate([*watched.gan_steps, *watched.warm_up]):
+        for kind, seen in step.passes.items():
+            p = seen.logits.softmax(dim=1)
+            if kind == "labeled":
+                y = watched.data.labeled[1][find(seen.x, watched.data.labeled[0])]
+                expected = p - F.one_hot(y, p.shape[1])
+            elif kind == "fake":
+                expected = GAN_WEIGHT * 0.5 * real_gradient(seen, 0)
+            elif kind == "unlabeled":
+                label = taught(watched, n)
+                expected = (GAN_WEIGHT * 0.5 * real_gradient(seen, 1)
+                            + CONSISTENCY_WEIGHT * (label.sum(dim=1, keepdim=True) * p - label))
+            else:
+                continue
+            # the logits and their gradient may be bfloat16, of 8 bits
+            torch.testing.assert_close(seen.grad, expected, rtol=0.02, atol=1e-4)
+
+
+def test_logged_losses_are_those_of_the_outputs(watched):
+    logged = []
+    for n in (-2, -1):  # the two steps of the last epoch
+        labeled, unlabeled, fake, generator = (watched.gan_steps[n].passes[kind] for kind in (
+            "labeled", "unlabeled", "fake", "generator"))
+        y = watched.data.labeled[1][find(labeled.x, watched.data.labeled[0])]
+        gap = unlabeled.features.mean(dim=0) - generator.features.mean(dim=0)
+        z_unl, z_fake, z_gen = (seen.logits.exp().sum(dim=1)
+                                for seen in (unlabeled, fake, generator))
+        label = taught(watched, n % len(watched.gan_steps))
+        values = {"loss/lab": -labeled.logits.log_softmax(dim=1)[range(len(y)), y].mean(),
+                  "loss/unl": (1 / z_unl).log1p().mean(), "loss/fake": z_fake.log1p().mean(),
+                  "loss/g": gap.square().mean(),
+                  "loss/con": -(label * unlabeled.logits.log_softmax(dim=1)).sum(dim=1).mean(),
+                  "monitor/picked": label.sum(dim=1).double().mean(),
+                  "monitor/p_real_unl": (z_unl / (1 + z_unl)).mean(),
+                  "monitor/p_real_fake": (z_fake / (1 + z_fake)).mean()}
+        if watched.name == "sgan_catsdogs":
+            values["loss/fm"] = values["loss/g"]
+            values["loss/g"] = values["loss/fm"] + (1 / z_gen).log1p().mean()
+        logged.append(values)
+    assert set(logged[0]) == {name for name in watched.row if "/" in name}
+    for name in logged[0]:
+        mean = sum(values[name].item() for values in logged) / 2
+        assert float(watched.row[name]) == pytest.approx(mean, rel=1e-4, abs=1e-7), name
+
+
+def test_final_weights_are_the_moving_average(watched):
+    average = watched.networks["Classifier"].at_first
+    for n, step in enumerate(watched.steps, 1):
+        decay = min(0.4, (1 + n) / (10 + n))
+        for name, now in step.state.items():
+            average[name] = (decay * average[name].double() + (1 - decay) * now.double()
+                             if now.is_floating_point() else now)
+    for name, weights in watched.final["classifier"].items():
+        torch.testing.assert_close(weights.double(), average[name].double(), rtol=1e-5, atol=1e-6)
+    generator = copied(watched.networks["Generator"].state_dict().items())
+    assert same_bits(watched.final["generator"], generator)
+
+
+# ====================================== what the flags change =====================================
+
+
+@pytest.mark.parametrize("name, flags", [
+    *((name, f"--generator-loss {flags}") for name in DIGITS for flags in (
+        "fool", "complement", "fool --real-logit fake-class", "fool --real-logit sigmoid-head")),
+    ("sgan_svhn", "--generator-loss fool --real-label-smoothing 0.1"),
+    ("sgan_catsdogs", "--generator-loss fool --real-logit fake-class"),
+    ("sgan_catsdogs", "--generator-loss feature-matching")])
+def test_networks_minimise_what_the_flags_say(name, flags, few_steps):
+    seen = watch(name, [*few_steps[name].flags, *flags.split(), "--epochs", 1])
+    targets = {"unlabeled": 0.9 if "smoothing" in flags else 1.0, "fake": 0.0}  # of D(x)
+    loss_g = loss_unl = 0
+    for step in seen.steps:
+        for kind, target in targets.items():  # of the cross-entropy of D(x), by r(x)
+            one = step.passes[kind]
+            d = one.r.sigmoid()
+            torch.testing.assert_close(one.grad_r, GAN_WEIGHT * 0.5 * (d - target),
+                                       rtol=1e-3, atol=1e-6)
+            if kind == "unlabeled":
+                loss_unl += -(target * d.log() + (1 - target) * (1 - d).log()).mean().item() / 2
+        real, fake = step.passes["unlabeled"].features, step.passes["generator"].features
+        loss = (real.mean(dim=0) - fake.mean(dim=0)).square().mean()
+        if "complement" in flags:
+            cosines = F.cosine_similarity(fake[:, None], fake[None], dim=2)
+            loss = loss + cosines[~torch.eye(len(fake), dtype=torch.bool)].square().mean()
+        if "fool" in flags:  # -log D(G(z))
+            loss = -step.passes["generator"].r.sigmoid().log().mean()
+        loss_g += loss.item() / 2
+        for of, update in step.updates.items():
+            assert ("extra.weight" in update.moved["Classifier"]) == (
+                of == "Classifier" and "--real-logit" in flags)
+        teacher = step.passes["unlabeled"].teacher  # it sees images that are not augmented
+        find(teacher.x, few_steps[name].unlabeled)
+        assert (teacher.x - step.passes["unlabeled"].x).abs().mean() > 0.01
+    assert float(seen.row["loss/g"]) == pytest.approx(loss_g, rel=1e-3)
+    assert float(seen.row["loss/unl"]) == pytest.approx(loss_unl, rel=1e-4)
+
+
+def test_photos_may_move_the_statistics_by_all_images_at_constant_rates(few_steps):
+    seen = watch("sgan_catsdogs", [*few_steps["sgan_catsdogs"].flags, "--statistics", "all",
+                                   "--constant-lr", "--lr", 0.002, "--lr-generator", 0.004])
+    for step in seen.steps:
+        assert [update.lr for update in step.updates.values()] == [0.002, 0.004]
+        assert [one.moved for one in step.passes.values()] == [
+            statistics_of(seen.networks["Classifier"])] * 4
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_without_ema_the_raw_weights_are_scored(name, few_steps):
+    seen = watch(name, [*few_steps[name].flags, "--ema-decay", 0, "--dry-run"])
+    assert same_bits(seen.final["classifier"],
+                     copied(seen.networks["Classifier"].state_dict().items()))
+
+
+# ===================================== the parts, on their own ====================================
+
+
+@pytest.mark.parametrize("per_class", [1, 3, 10])
+def test_surest_of_each_class_teach_one_class_at_most(per_class):
+    logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
+    logits[:, 3] = logits[:, 0] - 0.1  # wanted by two classes
+    script = importlib.import_module("sgan_catsdogs")
+    label, picked = script.surest_of_each_class(logits, per_class)
+    expected = surest(logits.softmax(dim=1), per_class)
+    assert (F.one_hot(label, 4) * picked[:, None]).equal(expected)
+    assert 2 * per_class <= picked.sum() < 4 * per_class
+
+
+def build(name):
+    """A script, its untrained classifier, and two batches of noise."""
+    torch.manual_seed(0)
+    shape = (1, 28, 28) if name == "sgan_mnist" else (3, 32, 32)
+    return importlib.import_module(name), new_classifier(name), torch.rand(2, 16, *shape)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_frozen_statistics_stand_still_and_move_again_afterwards(name):
+    script, classifier, (x, x_other) = build(name)
+    norm = next(m for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    seen = []
+    norm.register_forward_hook(lambda module, inputs, out: seen.append((inputs[0], out.clone())))
+    before = copied(classifier.named_buffers())
+    with script.frozen_statistics(classifier):
+        classifier(x)
+        classifier(3 * x_other - 1)
+    assert not changed(before, dict(classifier.named_buffers())) & statistics_of(classifier)
+    for x_in, x_out in seen:  # yet each batch is normalised by itself
+        variance, mean = torch.var_mean(x_in, dim=(0, 2, 3), correction=0, keepdim=True)
+        torch.testing.assert_close(x_out, (x_in - mean) / (variance + norm.eps).sqrt(),
+                                   rtol=1e-3, atol=1e-4)
+    if name == "sgan_catsdogs":  # --statistics all
+        with script.frozen_statistics(classifier, False):
+            classifier(x)
+    else:
+        classifier(x)
+    assert changed(before, dict(classifier.named_buffers())) >= statistics_of(classifier)
+    torch.testing.assert_close(norm.running_mean, 0.1 * seen[0][0].mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, 0.9 + 0.1 * seen[0][0].var(dim=(0, 2, 3)))
+
+
+@pytest.mark.parametrize("name, size", [("sgan_mnist", 28), ("sgan_svhn", 32),
+                                        *(("sgan_catsdogs", size) for size in (32, 64, 224))])
+def test_networks_have_the_promised_shapes(name, size):
+    script, photos = importlib.import_module(name), name == "sgan_catsdogs"
+    generator = script.Generator(size) if photos else script.Generator()
+    classifier = script.Classifier(5, size, "logsumexp") if photos else new_classifier(name)
+    images = generator(torch.randn(2, script.LATENT_DIM))
+    assert images.shape == (2, 1 if name == "sgan_mnist" else 3, size, size)
+    assert images.min() >= 0 and images.max() <= 1
+    logits, features, r = classifier(images)
+    assert logits.shape == (2, 5 if photos else 10) and r.shape == (2,)
+    assert features.shape == (2, 512 if photos else 128)
+
+
+@pytest.mark.parametrize("form", ["logsumexp", "fake-class", "sigmoid-head"])
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_real_logit_of_each_form(name, form):
+    """Against the softmax of K + 1 classes, of K and a zero, and against the plain linear unit."""
+    script, _, (x, _) = build(name)
+    if name == "sgan_catsdogs":
+        if form == "sigmoid-head":
+            pytest.skip("photos have no such form")
+        classifier = script.Classifier(2, 32, form).eval()
+    else:
+        classifier = script.Classifier(form).eval()
+    with torch.no_grad():
+        logits, features, r = classifier(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert classifier(x)[2].dtype == torch.float32
+    extra = torch.zeros(16, 1)
+    if form != "logsumexp":
+        extra = features @ classifier.extra.weight.T + classifier.extra.bias
+    if form == "sigmoid-head":
+        real = torch.sigmoid(extra[:, 0].double())
+    else:
+        real = 1 - torch.cat([logits, extra], dim=1).double().softmax(dim=1)[:, -1]
+    torch.testing.assert_close(r.double().sigmoid(), real, rtol=1e-5, atol=1e-6)
+
+
+# ========================================== augmentation ==========================================
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_augmentation_differs_by_image_and_lets_the_gradient_through(name):
+    script, _, (x, _) = build(name)
+    x = x[:1].repeat(16, 1, 1, 1).requires_grad_()
+    out = script.augment(x, 1)
+    assert out.shape == x.shape
+    assert len({tuple(image.flatten().tolist()) for image in out}) > 8
+    out.sum().backward()
+    assert (x.grad.flatten(1).abs().sum(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_augmentation_of_strength_0_changes_nothing_and_grows_with_strength(name):
+    script, _, (x, _) = build(name)
+    rounding = 1e-4 if name == "sgan_mnist" else 0
+    torch.testing.assert_close(script.augment(x, 0.0), x, rtol=0, atol=rounding)
+    far = [(script.augment(x, strength) - x).abs().mean().item() for strength in (0.02, 0.2, 1.0)]
+    assert 0 < far[0] < far[1] < far[2]
+
+
+@pytest.mark.parametrize("name, share, spread, reach, bias", [
+    ("sgan_mnist", 0.9, 2.5, 7, 0.5),  # the warp adds about 1 to the deviation, rarely 4
+    ("sgan_svhn", 0.8, 1.5, 4, 0.3)])  # some dots are erased, or blurred too far
+def test_augmentation_moves_a_dot_by_a_few_pixels(name, share, spread, reach, bias):
+    script, _, (x, _) = build(name)
+    side = x.shape[-1]
+    x = torch.zeros(200, *x.shape[1:])
+    x[:, :, side // 2 - 1:side // 2 + 1, side // 2 - 1:side // 2 + 1] = 1.0
+    grey = script.augment(x, 1.0).mean(dim=1)
+    if name == "sgan_svhn":
+        background = grey.flatten(1).median(dim=1).values[:, None, None]
+        grey = (grey - background).clamp(min=0.15) - 0.15
+    mass = grey.sum(dim=(1, 2))
+    assert (mass > 0.1).float().mean() > share
+    seen, along = grey[mass > 0.1], torch.arange(side) - (side - 1) / 2
+    for axis in (1, 2):
+        center = (seen.sum(dim=3 - axis) * along).sum(dim=1) / seen.sum(dim=(1, 2))
+        # uniform up to 2 has a standard deviation of 1.15
+        assert 1 < center.std() < spread and center.abs().max() < reach
+        assert center.mean().abs() < bias
+
+
+def test_svhn_augmentation_of_one_colour_is_one_colour():
+    script, _, _ = build("sgan_svhn")
+    colors = torch.rand(100, 3, 1, 1)
+    out = script.augment(colors.expand(100, 3, 32, 32), 1.0)
+    assert out.std(dim=(2, 3)).max() < 1e-5  # nothing comes in from beyond the border
+    std, mean = torch.std_mean(colors.expand(100, 3, 32, 32), dim=(1, 2, 3), keepdim=True)
+    limit = 0.2 * (colors - mean).abs() + 0.5 * std
+    moved = (out.mean(dim=(2, 3), keepdim=True) - colors).abs() / limit
+    assert 0.8 < moved.max() < 1.001
+    assert (moved.amax(dim=1) - moved.amin(dim=1)).median() > 0.2  # by channel
+
+
+def test_svhn_augmentation_erases_a_small_rectangle():
+    script, _, _ = build("sgan_svhn")
+    sides = []
+    for image in script.augment(torch.rand(300, 3, 32, 32), 1.0):
+        _, which, counts = image.flatten(1).unique(dim=1, return_inverse=True,
+                                                   return_counts=True)
+        rows, columns = (which == counts.argmax()).view(32, 32).nonzero().T
+        edge = torch.cat([rows, columns])
+        if counts.max() > 1 and edge.min() > 0 and edge.max() < 31:  # the border repeats as well
+            height, width = (int(at.max() - at.min()) + 1 for at in (rows, columns))
+            assert height * width == counts.max()
+            sides.append((height, width))
+    assert len(sides) > 100
+    for lengths in zip(*sides):
+        assert max(lengths) == 8 and min(lengths) == 1
