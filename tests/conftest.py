@@ -1,23 +1,24 @@
-"""Small data sets in the native formats of the real ones, and whole runs of the scripts on them.
+"""What the tests share: small data sets in the native formats, whole runs of the scripts, helpers.
 
-Both are made once a session. The runs are processes of their own, which begin with the session and
-go on beside the tests of other things, two at a time; the tests that look at them come last.
+Data sets and runs are made once a session. The runs are processes of their own, two at a time.
+They begin with the session and go on beside the other tests. The tests that look at them come last.
 """
 
 import os
 
-# Before torch is loaded, and for the scripts' processes, of which two run at a time: on networks as
-# small as these, threads that wait for each other cost more than they bring.
+# Torch reads it when it is loaded, here and in the runs. Networks as small as these lose more by
+# threads that wait for each other than they gain.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import contextlib
 import csv
+import importlib
 import json
 import shutil
+import signal
 import struct
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,16 +26,107 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.io import loadmat, savemat
 
-from common import balanced_split
+from common import balanced_split, dali_loader
 from tests.cartoons import write_pets
-from tests.sweep import photo_folders as pet_folders
+from tests.sweep import photo_folders
 
 ROOT = Path(__file__).resolve().parent.parent
-PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
+CPU = torch.device("cpu")
+DIGITS = ["sgan_mnist", "sgan_svhn"]
+SCRIPTS = [*DIGITS, "sgan_catsdogs"]
 MNIST = ["--device", "cpu", "--batch-size", 50, "--warmup-steps", 20]
 SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-steps", 20]
+PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+# ============================================ helpers =============================================
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path, monkeypatch):
+    """Each test works in an empty folder of its own, where the scripts make their runs/."""
+    monkeypatch.chdir(tmp_path)
+
+
+def call_main(name, *flags):
+    """Run a script's main() in this process, as if by the command line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{name}.py", *map(str, flags)])
+        try:
+            importlib.import_module(name).main()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+
+def train(name, *flags, out_dir="runs"):
+    """Run a script to its end in this process; the only run's folder in out_dir, its results."""
+    call_main(name, *flags, "--out-dir", out_dir)
+    [folder] = Path(out_dir).iterdir()
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+def refusal(capsys, name, *flags):
+    """What a script says on stderr that refuses its input: a sentence, maybe a list of files."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        call_main(name, *flags)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2
+    if first.startswith("usage: "):  # argparse says first how the script is called
+        first, *others = others
+        assert first.startswith(f"{name}.py: error: argument --")
+    else:
+        assert first.startswith("error: ")
+    assert all(line.startswith("  ") for line in others)
+    return "\n".join([first, *others])
+
+
+def read_csv(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def cut_off(path, share):
+    path.write_bytes(path.read_bytes()[:int(share * path.stat().st_size)])
+
+
+def picture(mode="RGB", size=(300, 220), seed=0):
+    """Coloured clouds."""
+    noise = np.random.default_rng(seed).integers(256, size=(6, 8, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
+
+
+def flatten(state, name=""):
+    """Nested dictionaries of a checkpoint as one, name -> tensor or value."""
+    if not isinstance(state, dict):
+        return {name: state}
+    return {k: v for key, part in state.items() for k, v in flatten(part, f"{name}.{key}").items()}
+
+
+def same_bits(a, b):
+    """Whether two checkpoints are equal in every bit of every tensor."""
+    a, b = flatten(a), flatten(b)
+    return a.keys() == b.keys() and all(
+        torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+
+
+def untimed(rows, but=()):
+    """The rows of metrics.csv without times, and without columns that begin with one of but."""
+    return [{column: number for column, number in row.items()
+             if column not in ("seconds", "images_per_s") and not column.startswith(tuple(but))}
+            for row in rows]
+
+
+def new_classifier(name, num_classes=2):
+    """The untrained classifier of a script; num_classes is of pets, which are 32 pixels wide."""
+    arguments = {"sgan_catsdogs": (num_classes, 32, "logsumexp")}.get(name, ("logsumexp",))
+    return importlib.import_module(name).Classifier(*arguments)
+
 
 # ======================================== small data sets =========================================
 
@@ -42,10 +134,9 @@ SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-s
 def striped_images(labels, side, rng):
     """Ten kinds of stripes, one a class, with noise: labels (N,) -> (N, side, side) uint8.
 
-    The width (5) and direction (2) of the stripes tell the class, so that a network which averages
-    over positions learns them in a few steps; phase and contrast are random.
+    Width (5) and direction (2) of the stripes tell the class; phase and contrast are random. A
+    network that averages over positions learns this in a few steps.
     """
-    labels = np.asarray(labels)
     y, x = np.mgrid[:side, :side]
     along = np.where((labels % 2)[:, None, None], x, y)  # (N, side, side)
     period = np.array([2, 3, 5, 8, 14])[labels // 2, None, None]
@@ -62,49 +153,34 @@ def write_idx(path, array):
     path.write_bytes(header + array.astype(np.uint8).tobytes())
 
 
-def write_mnist(data_dir, x_train, y_train, x_test, y_test):
-    """data_dir/MNIST/raw/: images (N, 28, 28), labels (N,)."""
-    for part, x, y in (("train", x_train, y_train), ("t10k", x_test, y_test)):
-        write_idx(data_dir / f"MNIST/raw/{part}-images-idx3-ubyte", x)
-        write_idx(data_dir / f"MNIST/raw/{part}-labels-idx1-ubyte", y)
-
-
 def mat_labels(labels):
     """Labels 0 to 9 as the .mat files hold them: (N, 1) uint8, 10 for 0."""
     return np.where(labels == 0, 10, labels).astype(np.uint8)[:, None]
 
 
-def write_svhn(data_dir, x_train, y_train, x_test, y_test):
-    """data_dir/SVHN/*.mat: images (N, 32, 32, 3) stored last axis first, labels with 10 for 0."""
-    (data_dir / "SVHN").mkdir(parents=True)
-    for part, x, y in (("train", x_train, y_train), ("test", x_test, y_test)):
-        savemat(data_dir / f"SVHN/{part}_32x32.mat",
-                {"X": x.transpose(1, 2, 3, 0), "y": mat_labels(y)})
-
-
 @pytest.fixture(scope="session")
 def mnist(tmp_path_factory):
     """A data directory with MNIST/raw: 900 training and 200 test images."""
-    rng = np.random.default_rng(0)
-    y_train, y_test = rng.integers(10, size=900), rng.integers(10, size=200)
-    data_dir = tmp_path_factory.mktemp("mnist")
-    write_mnist(data_dir, striped_images(y_train, 28, rng), y_train,
-                striped_images(y_test, 28, rng), y_test)
-    return data_dir
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("mnist")
+    for part, n in (("train", 900), ("t10k", 200)):
+        labels = rng.integers(10, size=n)
+        write_idx(root / f"MNIST/raw/{part}-images-idx3-ubyte", striped_images(labels, 28, rng))
+        write_idx(root / f"MNIST/raw/{part}-labels-idx1-ubyte", labels)
+    return root
 
 
 @pytest.fixture(scope="session")
 def svhn(tmp_path_factory):
-    """A data directory with SVHN/*.mat: 700 training and 150 test images."""
-    rng = np.random.default_rng(0)
-    data_dir = tmp_path_factory.mktemp("svhn")
-    parts = []
-    for n in (700, 150):
-        y = rng.integers(10, size=n)
-        tint = rng.uniform(0.7, 1.0, (n, 1, 1, 3))
-        parts += [(striped_images(y, 32, rng)[..., None] * tint).astype(np.uint8), y]
-    write_svhn(data_dir, *parts)
-    return data_dir
+    """A data directory with SVHN/*.mat: 700 training and 150 test images, stored last axis first.
+    """
+    rng, root = np.random.default_rng(0), tmp_path_factory.mktemp("svhn")
+    (root / "SVHN").mkdir()
+    for part, n in (("train", 700), ("test", 150)):
+        labels, tint = rng.integers(10, size=n), rng.uniform(0.7, 1.0, (n, 1, 1, 3))
+        x = (striped_images(labels, 32, rng)[..., None] * tint).astype(np.uint8)  # (N, 32, 32, 3)
+        savemat(root / f"SVHN/{part}_32x32.mat",
+                {"X": x.transpose(1, 2, 3, 0), "y": mat_labels(labels)})
+    return root
 
 
 @pytest.fixture(scope="session")
@@ -118,39 +194,116 @@ def pets(tmp_path_factory):
     return root
 
 
-# ========================================= whole runs =============================================
+@pytest.fixture(scope="session")
+def flat_pets(pets, tmp_path_factory):
+    """The pets and a third class, told by flat names; the unlabeled ones claim classes."""
+    root = tmp_path_factory.mktemp("flat_pets")
+    for part in ("labeled", "val", "test"):
+        (root / part).mkdir()
+        for path in sorted((pets / part).rglob("*.jpg")):
+            number, dash = int(path.stem), {"cat": ".", "dog": "_"}[path.parent.name]
+            shutil.copy(path, root / part / f"{path.parent.name}{dash}{number}.jpg")
+            shutil.copy(path, root / part / f"zebra{number}.jpg")
+    for n, path in enumerate(sorted((pets / "train").iterdir())):  # the order stays
+        target = root / "train" / ("cat" if n < 24 else "dog") / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+    return root
+
+
+@pytest.fixture(scope="session")
+def archives(tmp_path_factory):
+    """1,060 tiny photos a class, in Kaggle's flat layout and in that of PetImages; one is damaged.
+
+    They are hard links to a few files: names of their own, so that a draw shows in them.
+    """
+    root, rng = tmp_path_factory.mktemp("archives"), np.random.default_rng(0)
+    for i in range(8):
+        image = Image.fromarray(rng.integers(256, size=(8, 8, 3), dtype=np.uint8))
+        image.save(root / f"{i}.jpg")
+    (root / "kaggle").mkdir()
+    for name in ("Cat", "Dog"):
+        (root / "PetImages" / name).mkdir(parents=True)
+        for i in range(1060):
+            os.link(root / f"{i % 8}.jpg", root / f"kaggle/{name.lower()}.{i}.jpg")
+            os.link(root / f"{i % 8}.jpg", root / f"PetImages/{name}/{i}.jpg")
+    for path in (root / "kaggle/cat.666.jpg", root / "PetImages/Cat/666.jpg"):
+        path.unlink()
+        path.write_bytes(b"")  # as there are in Microsoft's archive
+    return root
+
+
+def with_other_hidden_labels(labels, num_val):
+    """Labels (N,) of which each is changed that neither training nor validation may see."""
+    labels = torch.from_numpy(labels.astype(np.int64))
+    split = balanced_split(labels, 100, num_val, 10, seed=0)
+    changed = labels.clone()
+    changed[split[2]] = (labels[split[2]] + torch.randint(1, 10, split[2].shape)) % 10
+    # the draw is by class, but these images come after the drawn ones: it is the same
+    assert all(map(torch.equal, balanced_split(changed, 100, num_val, 10, seed=0), split))
+    assert (changed != labels).sum() == len(split[2]) > 0
+    return changed.numpy()
+
+
+@pytest.fixture(scope="session")
+def mnist_relabeled(mnist, tmp_path_factory):
+    root = shutil.copytree(mnist, tmp_path_factory.mktemp("relabeled"), dirs_exist_ok=True)
+    path = root / "MNIST/raw/train-labels-idx1-ubyte"
+    labels = np.frombuffer(path.read_bytes()[8:], np.uint8)
+    write_idx(path, with_other_hidden_labels(labels, num_val=400))
+    return root
+
+
+@pytest.fixture(scope="session")
+def svhn_relabeled(svhn, tmp_path_factory):
+    root = shutil.copytree(svhn, tmp_path_factory.mktemp("relabeled"), dirs_exist_ok=True)
+    data = loadmat(root / "SVHN/train_32x32.mat")
+    labels = with_other_hidden_labels(data["y"].flatten() % 10, num_val=300)
+    savemat(root / "SVHN/train_32x32.mat", {"X": data["X"], "y": mat_labels(labels)})
+    return root
+
+
+def read_part(root, part):
+    """Images (N, C, S, S) in [0, 1] and labels (N,) of "train", "test", ..., without the scripts.
+
+    The photos of a folder without classes have label 0.
+    """
+    if (root / "MNIST").exists():
+        raw, part = root / "MNIST/raw", part.replace("test", "t10k")
+        x = np.frombuffer((raw / f"{part}-images-idx3-ubyte").read_bytes()[16:], np.uint8)
+        y = np.frombuffer((raw / f"{part}-labels-idx1-ubyte").read_bytes()[8:], np.uint8)
+        x = x.reshape(-1, 1, 28, 28)
+    elif (root / "SVHN").exists():
+        data = loadmat(root / f"SVHN/{part}_32x32.mat")
+        x, y = data["X"].transpose(3, 2, 0, 1), data["y"].flatten() % 10
+    else:
+        files = sorted((root / part).rglob("*.jpg"))
+        names = [path.name[:3] if path.parent.name == part else path.parent.name for path in files]
+        y = np.unique(names, return_inverse=True)[1] if part != "train" else np.zeros(len(files))
+        x = torch.cat([x for x, _ in dali_loader(files, None, 16, 32, CPU)]).mul(255).round()
+        x = x.numpy()
+    return torch.from_numpy(x / np.float32(255)), torch.from_numpy(y.astype(int))
+
+
+# ========================================== whole runs ============================================
 
 
 class Runs:
-    """Runs of {key: (name, *flags)}, each in folder/key; runs[key] is an outcome.
+    """Runs of {key: (script, *flags)}, each in folder/key; runs[key] waits for what it left."""
 
-    They go on in the background, two at a time in a pool of threads; to look at one is to wait for
-    it. A session that ends early ends them.
-    """
+    pool, processes = ThreadPoolExecutor(2), []
 
-    beside = ThreadPoolExecutor(2)  # for those that begin with the session
-    starting = threading.Lock()  # held while a process begins
-    processes, over = [], False
+    def __init__(self, folder, jobs):
+        self.folder = folder
+        self.started = {key: self.pool.submit(self.run, key, *job) for key, job in jobs.items()}
 
-    def __init__(self, jobs, folder, pool=None):
-        self.folder, pool = folder, pool or ThreadPoolExecutor(2)
-        self.started = {key: pool.submit(self.run, *job, cwd=folder / key)
-                        for key, job in jobs.items()}
-
-    def run(self, name, *flags, cwd):
-        """Run a script in the folder cwd; its CompletedProcess holds text."""
-        cwd.mkdir(parents=True)
-        with self.starting:
-            if Runs.over:
-                raise RuntimeError("the session has ended")
-            process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *map(str, flags)],
-                                       cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                                       text=True)
-            self.processes.append(process)
-        try:
-            output = process.communicate(timeout=900)
-        finally:
-            process.kill()  # of no effect on one that has ended
+    def run(self, key, name, *flags):
+        (self.folder / key).mkdir()
+        process = subprocess.Popen([sys.executable, ROOT / f"{name}.py", *map(str, flags)],
+                                   cwd=self.folder / key, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.processes.append(process)
+        output = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, *output)
 
     def completed(self, key):
@@ -163,12 +316,11 @@ class Runs:
         last = completed.stdout.splitlines()[-1]
         assert last.startswith("RESULT {")
         [folder] = (self.folder / key / "runs").iterdir()
-        with open(folder / "metrics.csv", newline="") as f:
-            rows = list(csv.DictReader(f))
         checkpoints = {path.stem: torch.load(path, weights_only=True)
                        for path in folder.glob("*.pt")}
         return SimpleNamespace(results=json.loads(last.removeprefix("RESULT ")), folder=folder,
-                               stderr=completed.stderr, rows=rows, **checkpoints)
+                               stderr=completed.stderr, rows=read_csv(folder / "metrics.csv"),
+                               **checkpoints)
 
 
 def runs_of(item):
@@ -189,100 +341,49 @@ def begin_whole_runs(request):
         with contextlib.suppress(Exception):  # the tests that look at them fail by it
             request.getfixturevalue(name)
     yield
-    with Runs.starting:
-        Runs.over = True
-        for process in Runs.processes:
-            process.kill()
-
-
-def with_other_hidden_labels(labels, num_val):
-    """Labels (N,) of which each is changed that neither training nor validation may see."""
-    labels = torch.from_numpy(labels.astype(np.int64))
-    labeled, val, unlabeled = balanced_split(labels, 100, num_val, 10, seed=0)
-    changed = labels.clone()
-    changed[unlabeled] = (labels[unlabeled] + torch.randint(1, 10, unlabeled.shape)) % 10
-    # the draw is by class, but these images come after the drawn ones: it is the same
-    for part, same in zip(balanced_split(changed, 100, num_val, 10, seed=0),
-                          (labeled, val, unlabeled)):
-        assert part.tolist() == same.tolist()
-    assert (changed != labels).sum() == len(unlabeled) == len(labels) - 100 - num_val > 0
-    return changed.numpy()
-
-
-@pytest.fixture(scope="session")
-def mnist_relabeled(mnist, tmp_path_factory):
-    data_dir = tmp_path_factory.mktemp("relabeled")
-    shutil.copytree(mnist, data_dir, dirs_exist_ok=True)
-    path = data_dir / "MNIST/raw/train-labels-idx1-ubyte"
-    labels = np.frombuffer(path.read_bytes()[8:], np.uint8)
-    write_idx(path, with_other_hidden_labels(labels, num_val=400))
-    return data_dir
-
-
-@pytest.fixture(scope="session")
-def svhn_relabeled(svhn, tmp_path_factory):
-    data_dir = tmp_path_factory.mktemp("relabeled")
-    shutil.copytree(svhn, data_dir, dirs_exist_ok=True)
-    path = data_dir / "SVHN/train_32x32.mat"
-    data = loadmat(path)
-    labels = with_other_hidden_labels(data["y"].flatten() % 10, num_val=300)
-    savemat(path, {"X": data["X"], "y": mat_labels(labels)})
-    return data_dir
+    Runs.pool.shutdown(wait=False, cancel_futures=True)
+    for process in Runs.processes:
+        process.kill()  # of no effect on one that has ended
 
 
 @pytest.fixture(scope="session")
 def mnist_runs(mnist, mnist_relabeled, tmp_path_factory):
+    """"lost" takes one step an epoch, so large that the second loss is not finite."""
     sgan = ["sgan_mnist", *MNIST, "--epochs", 2]
-    jobs = {"sgan": [*sgan, "--data-dir", mnist],
-            "other seed": [*sgan, "--data-dir", mnist, "--seed", 1],
-            "relabeled": [*sgan, "--data-dir", mnist_relabeled],
-            "supervised": [*sgan, "--data-dir", mnist, "--supervised-only", "--split-seed", 7]}
-    return Runs(jobs, tmp_path_factory.mktemp("mnist_runs"), Runs.beside)
+    lost = ["--lr", 1e30, "--batch-size", 500, "--warmup-steps", 0, "--supervised-only"]
+    return Runs(tmp_path_factory.mktemp("mnist_runs"), {
+        "sgan": [*sgan, "--data-dir", mnist],
+        "other seed": [*sgan, "--data-dir", mnist, "--seed", 1],
+        "relabeled": [*sgan, "--data-dir", mnist_relabeled],
+        "supervised": [*sgan, "--data-dir", mnist, "--supervised-only", "--split-seed", 7],
+        "lost": [*sgan, "--data-dir", mnist, *lost],
+        "refused": [*sgan, "--data-dir", mnist, "--num-labeled", 15]})
 
 
 @pytest.fixture(scope="session")
 def svhn_runs(svhn, svhn_relabeled, tmp_path_factory):
     sgan = ["sgan_svhn", *SVHN, "--epochs", 1]
-    jobs = {"sgan": [*sgan, "--data-dir", svhn],
-            "relabeled": [*sgan, "--data-dir", svhn_relabeled],
-            "supervised": [*sgan, "--data-dir", svhn, "--supervised-only", "--seed", 5]}
-    return Runs(jobs, tmp_path_factory.mktemp("svhn_runs"), Runs.beside)
-
-
-@pytest.fixture(scope="session")
-def flat_pets(pets, tmp_path_factory):
-    """The pets and a third class, told by flat names; the unlabeled ones claim classes."""
-    root = tmp_path_factory.mktemp("flat_pets")
-    for part in ("labeled", "val", "test"):
-        (root / part).mkdir()
-        for path in sorted((pets / part).rglob("*.jpg")):
-            number, name = int(path.stem), path.parent.name
-            shutil.copy(path, root / part / (f"cat.{number}.jpg" if name == "cat" else
-                                             f"dog_{number}.jpg"))
-            shutil.copy(path, root / part / f"zebra{number}.jpg")
-    for n, path in enumerate(sorted((pets / "train").iterdir())):  # the order stays
-        target = root / "train" / ("cat" if n < 24 else "dog") / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, target)
-    return root
+    return Runs(tmp_path_factory.mktemp("svhn_runs"), {
+        "sgan": [*sgan, "--data-dir", svhn],
+        "relabeled": [*sgan, "--data-dir", svhn_relabeled],
+        "supervised": [*sgan, "--data-dir", svhn, "--supervised-only", "--seed", 5]})
 
 
 @pytest.fixture(scope="session")
 def pets_runs(pets, flat_pets, tmp_path_factory):
     sgan = ["sgan_catsdogs", *PETS, "--epochs", 1]
-    jobs = {"sgan": [*sgan, *pet_folders(pets)],
-            "other seed": [*sgan, *pet_folders(pets), "--seed", 1],
-            "relabeled": [*sgan, *pet_folders(pets), "--unlabeled-dir", flat_pets / "train"],
-            "flat": [*sgan, *pet_folders(flat_pets)],
-            "supervised": [*sgan, *pet_folders(pets), "--supervised-only",
-                           "--unlabeled-dir", "nowhere"]}
-    return Runs(jobs, tmp_path_factory.mktemp("pets_runs"), Runs.beside)
+    return Runs(tmp_path_factory.mktemp("pets_runs"), {
+        "sgan": [*sgan, *photo_folders(pets)],
+        "other seed": [*sgan, *photo_folders(pets), "--seed", 1],
+        "relabeled": [*sgan, *photo_folders(pets), "--unlabeled-dir", flat_pets / "train"],
+        "flat": [*sgan, *photo_folders(flat_pets)],
+        "supervised": [*sgan, *photo_folders(pets), "--supervised-only", "--unlabeled-dir", "no"]})
 
 
 @pytest.fixture(scope="session")
 def rings_runs(tmp_path_factory):
     """The same short run twice, and a baseline of another seed."""
     short = ["toy_rings", "--epochs", 1, "--device", "cpu"]
-    return Runs({"first": [*short, "--seed", 3], "again": [*short, "--seed", 3],
-                 "other": [*short, "--seed", 4, "--supervised-only"]},
-                tmp_path_factory.mktemp("rings_runs"), Runs.beside)
+    return Runs(tmp_path_factory.mktemp("rings_runs"), {
+        "first": [*short, "--seed", 3], "again": [*short, "--seed", 3],
+        "other": [*short, "--seed", 4, "--supervised-only"]})
