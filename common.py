@@ -24,8 +24,10 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -84,6 +86,18 @@ def die(message: str):
     raise SystemExit(2)
 
 
+def say(*words, file=None):
+    """Print a line at once, on stdout or on the file given.
+
+    If nobody reads it any more, as after `| head`, the run goes on and prints nowhere.
+    """
+    file = file or sys.stdout
+    try:
+        print(*words, file=file, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
 def number(kind, *, minimum=-math.inf, above=-math.inf, maximum=math.inf, below=math.inf):
     """A `type=` for argparse: `number(int, minimum=1)` accepts whole numbers from 1 on.
 
@@ -126,15 +140,55 @@ def bf16_autocast(device: torch.device) -> torch.autocast:
 # =========================================== image files ==========================================
 # One file that DALI cannot decode ends its pipeline. So every file is decoded once beforehand.
 
-DALI_FORMATS = {"JPEG", "MPO", "PNG", "BMP", "TIFF", "PPM", "JPEG2000", "WEBP"}  # MPO: phones' JPEG
-LITTER = {"thumbs.db", "desktop.ini"}  # left by operating systems; hidden files are skipped too
+# Kinds of pixels that DALI was seen to decode as Pillow does (tests/test_images.py); of others it
+# crashes, or gives wrong colours. They have Pillow's names: of format, decoder and raw mode, or
+# mode where there is no raw mode. MPO is the JPEG of some phones, with a second picture.
+DALI_DECODES = {
+    ("JPEG", "jpeg"): "L RGB CMYK CMYK;I",
+    ("MPO", "jpeg"): "L RGB",
+    ("PNG", "zip"): "1 L L;2 L;4 LA P P;1 P;2 P;4 RGB RGBA I;16B LA;16B RGB;16B RGBA;16B",
+    ("BMP", "raw"): "1 L P P;4 BGR BGRX",
+    ("BMP", "bmp_rle"): "P",
+    ("TIFF", "raw"): "L L;I P R RGB RGBX RGBA CMYK YCbCr I;16 I;16B RGB;16L RGBA;16L",
+    ("TIFF", "libtiff"): "1 L P RGB RGBA CMYK I;16N RGB;16N",
+    ("PPM", "raw"): "1;I L RGB I;16B",
+    ("JPEG2000", "jpeg2k"): "L RGB RGBA I;16",
+    ("WEBP", None): "RGB RGBA",
+}
+# What cameras, programs and systems leave beside photos. Hidden files are passed over as well.
+OTHER_FILES = {".aae", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".mov",
+               ".mp4", ".pp3", ".thm", ".txt", ".xml", ".xmp", ".yaml", ".yml"}
+OTHER_FOLDERS = {"$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recycle", "@tmp", "__macosx",
+                 "lost+found", "recycler", "system volume information"}
+
+
+def passed_over(name: str, others: set) -> bool:
+    """Whether a file's ending or a folder's name is one of the others, or the name is hidden."""
+    return name.startswith(".") or name.lower() in others or Path(name.lower()).suffix in others
+
+
+def why_undecodable(image) -> str | None:
+    """Why DALI does not decode an image that Pillow has opened; None if it does."""
+    decoder, _, _, parameters = image.tile[0] if image.tile else (None, None, None, ())
+    raw_mode = parameters[0] if isinstance(parameters, tuple) and parameters else parameters
+    stored = image.mode if decoder in (None, "jpeg2k") else raw_mode
+    if image.format not in {name for name, _ in DALI_DECODES}:
+        return f"{image.format}, which DALI does not decode"
+    if stored not in DALI_DECODES.get((image.format, decoder), "").split():
+        return f"{image.format} of a kind that DALI does not decode ({decoder} {stored})"
+    if image.format == "TIFF":
+        compression, signs = image.info.get("compression"), image.tag_v2.get(339, (1,))
+        if compression in ("lzma", "webp") or set(signs) != {1}:  # 2: signed, 3: floating point
+            return f"TIFF of a kind that DALI does not decode ({compression}, SampleFormat {signs})"
+    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
+        return "several frames or pages"
 
 
 def why_unusable(path):
-    """Why an image file cannot be decoded, in a few words; None if it can.
+    """Why an image file cannot be used, in a few words; None if it can.
 
-    DALI was seen to decode what Pillow decodes whole. A JPEG is decoded at an eighth of its size,
-    which reads all of the file in a third of the time.
+    It is decoded whole by Pillow, a JPEG at an eighth of its size: that reads all of the file, in a
+    third of the time.
     """
     try:
         str(path).encode()  # fails if the name is not UTF-8
@@ -143,10 +197,9 @@ def why_unusable(path):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of large images
             with Image.open(path) as image:
-                if image.format not in DALI_FORMATS:
-                    return f"{image.format}, which DALI does not decode"
-                if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-                    return "several frames or pages"
+                reason = why_undecodable(image)
+                if reason:
+                    return reason
                 image.verify()
             with Image.open(path) as image:  # nothing can be read after verify()
                 image.draft("RGB", (64, 64))
@@ -160,26 +213,30 @@ def why_unusable(path):
 def check_images(folder, flag: str):
     """All image files below a folder -> (usable paths, sorted; {unusable path: reason}).
 
-    Links are followed. Exits with status 2 and the flag's name if there is no such folder, if it
-    holds no file, or if more than half of its files are unusable.
+    Links are followed. OTHER_FILES and OTHER_FOLDERS are passed over. Exits with status 2 and the
+    flag's name if there is no such folder, if a folder in it cannot be read, if it holds no file,
+    or if more than half of its files are unusable.
     """
+    def refuse(error):
+        die(f"{flag} {folder}: the folder {error.filename} cannot be read ({error.strerror}); make "
+            "it readable, or move it elsewhere")
+
     folder = Path(folder)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         die(f"{flag} {folder} is not a folder: name a folder that holds images (--prepare and "
             "--download make the four folders for training)")
     files, seen = [], set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if os.path.realpath(parent) in seen:  # another link leads here, maybe one to a parent
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        files += [Path(parent, name) for name in names
-                  if not name.startswith(".") and name.lower() not in LITTER]
+        folders[:] = sorted(name for name in folders if not passed_over(name, OTHER_FOLDERS))
+        files += [Path(parent, name) for name in names if not passed_over(name, OTHER_FILES)]
     files.sort()
     if not files:
-        die(f"{flag} {folder} holds no files")
-    with ThreadPoolExecutor() as pool:
+        die(f"{flag} {folder} holds no images")
+    with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds a decoded image
         reasons = list(tqdm(pool.map(why_unusable, files), f"checking {folder}", len(files),
                             disable=None, leave=False))
     unusable = {path: reason for path, reason in zip(files, reasons) if reason}
@@ -196,17 +253,24 @@ def listing(unusable: dict) -> str:
 
 
 def classes_of(images, folder, flag: str, at_least=1) -> list:
-    """The class of each labeled image: its subfolder, or else the letters that begin its name.
+    """The class of each labeled image: its subfolder, or else its name without a number at the end.
 
-    Exits with status 2 if an image has no class, or if there are fewer classes than at_least.
+    american_bulldog_1.jpg is of class american_bulldog; cat.12.jpg, cat (7).jpg and cat3.jpg are of
+    class cat. Exits with status 2 if only some images are in subfolders, if a name is but a number,
+    or if there are fewer classes than at_least.
     """
-    classes = []
-    for path in images:
-        subfolder = path.relative_to(folder).parts[0]
-        letters = re.match(r"[^\W\d_]+", path.name)  # cat.12.jpg, dog_7.jpg, cat3.jpg
-        if subfolder == path.name and not letters:
-            die(f"{path} has no class: put it in a subfolder, or begin its name with the class")
-        classes.append(letters[0] if subfolder == path.name else subfolder)
+    loose = [path for path in images if path.parent == Path(folder)]
+    if 0 < len(loose) < len(images):
+        die(f"{flag} {folder} holds subfolders of images, and beside them images such as "
+            f"{loose[0]}: move these into the subfolder of their class, or elsewhere")
+    if not loose:
+        classes = [path.relative_to(folder).parts[0] for path in images]
+    else:
+        classes = [re.sub(r"[\s._-]*(\d+|\(\d+\))$", "", path.stem) for path in images]
+    if "" in classes:
+        path = images[classes.index("")]
+        die(f"{path} has no class: put it in a subfolder, or begin its name "
+            "with the class")
     if len(set(classes)) < at_least:
         die(f"{flag} {folder} holds one class only ({classes[0]}): at least two are needed; name "
             "the folder right above their subfolders, or that of files like cat.0.jpg, dog.0.jpg")
@@ -227,7 +291,7 @@ def check_labeled(folder, flag: str, class_names=None):
             die(f"each file in {flag} {folder} must be an image; repair or remove"
                 + listing(unusable))
         empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
-                 and not d.name.startswith(".")]
+                 and not passed_over(d.name, OTHER_FOLDERS)]
         if empty:
             die(f"class {empty[0]} in {flag} {folder} has no image")
         class_names = sorted(set(classes))
@@ -238,18 +302,18 @@ def check_labeled(folder, flag: str, class_names=None):
     return images, [class_names.index(c) for c in classes], class_names, unusable
 
 
-def find_leaks(held_out, training) -> dict:
-    """{validation or test file: a training file of the same bytes}; such images flatter a score."""
+def same_bytes(files, others) -> dict:
+    """{file: one of the other files, of the same bytes}; files without such a copy are left out."""
     digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
-    by_size, leaks = {}, {}
-    for path in training:
+    by_size, copies = {}, {}
+    for path in others:
         by_size.setdefault(path.stat().st_size, []).append(path)
-    for path in held_out:
+    for path in files:
         for other in by_size.get(path.stat().st_size, []):
             if digest(other) == digest(path):
-                leaks[path] = other
+                copies[path] = other
                 break
-    return leaks
+    return copies
 
 
 # ========================================= the DALI loader ========================================
@@ -276,23 +340,36 @@ def dali_loader(files, labels, batch_size, image_size, device):
         return iter(())
     labels = range(len(files)) if labels is None else labels
     on_gpu = device.type == "cuda"
+    threads = min(8, os.cpu_count())
+    # The CPU decodes a few photos at once, not a batch of 64: one of full size takes 36 MB at 12
+    # megapixels. What it decodes ahead are resized photos.
+    at_once = min(len(files), batch_size if on_gpu else math.gcd(batch_size, threads))
+    # Of a few photos it prepares few ahead, as at the end it begins with the first ones again.
+    ahead = max(1, min(max(2, batch_size // at_once), len(files) // at_once // 8))
 
-    @pipeline_def(batch_size=batch_size, num_threads=min(8, os.cpu_count()),
+    @pipeline_def(batch_size=at_once, num_threads=threads,
+                  prefetch_queue_depth=ahead,
                   device_id=device.index if on_gpu else None)
     def pipeline():
         encoded, y = fn.readers.file(files=[str(path) for path in files],
-                                     labels=list(labels),
-                                     pad_last_batch=True, name="reader")
+                                     labels=list(labels), pad_last_batch=True, name="reader")
         x = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB)
         x = fn.resize(x, resize_x=image_size, resize_y=image_size)
         x = fn.crop_mirror_normalize(x, dtype=types.FLOAT, output_layout="CHW",
                                      mean=[0.0] * 3, std=[255.0] * 3)
         return x, (y.gpu() if on_gpu else y)
 
-    # PARTIAL with a padded reader: the last batch is cut to the images that are left
-    batches = DALIGenericIterator(pipeline(), ["x", "y"], reader_name="reader",
-                                  last_batch_policy=LastBatchPolicy.PARTIAL)
-    return ((batch[0]["x"], batch[0]["y"].squeeze(-1).long()) for batch in batches)
+    # PARTIAL with a padded reader: the last part is cut to the photos that are left
+    iterator = DALIGenericIterator(pipeline(), ["x", "y"], reader_name="reader",
+                                   last_batch_policy=LastBatchPolicy.PARTIAL)
+
+    def batches():
+        parts = (part[0] for part in iterator)
+        while batch := list(islice(parts, batch_size // at_once)):
+            yield (torch.cat([part["x"] for part in batch]),
+                   torch.cat([part["y"] for part in batch]).squeeze(-1).long())
+
+    return batches()
 
 
 class Photos:
@@ -324,7 +401,7 @@ class Photos:
 
         order: the indices of the photos to give, in that order; None gives all of them.
         """
-        order = torch.arange(len(self.files)) if order is None else torch.as_tensor(order)
+        order = torch.as_tensor(range(len(self.files)) if order is None else order).long()
         if self.images is None:
             return dali_loader([self.files[i] for i in order],
                                self.labels[order.to(self.device)].tolist(), batch_size,
@@ -402,7 +479,7 @@ def draw_folders(images, classes, targets, sizes, seed: int):
             except OSError:
                 shutil.copyfile(path, copy)
         tmp.rename(target)
-        print(f"{target}: {len(drawn[target])} images")
+        say(f"{target}: {len(drawn[target])} images")
     files = sorted(os.path.relpath(path, source) for _, path in drawn[targets[0]])
     write_json(f"{targets[0]}.json", {"split_seed": seed, "source": source, "files": files})
 
@@ -437,6 +514,8 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
     confusion = torch.zeros(num_classes**2, dtype=torch.int64, device=device)
     loss_sum, predicted = torch.zeros((), device=device), [torch.zeros(0, device=device).long()]
     for x, y in batches:
+        if len(x) == 0:  # networks that normalise would warn
+            continue
         logits = classifier(x)[0].float()  # (B, K)
         predicted.append(logits.argmax(dim=1))
         cell = y * num_classes + predicted[-1]  # (B,): row y, column prediction
@@ -503,13 +582,23 @@ class Run:
                 die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
         write_json(self.dir / "args.json", config)
 
+    @contextlib.contextmanager
+    def writing(self, filename: str):
+        """As atomic(), for a file of the run; if it cannot be written, exits with status 1."""
+        try:
+            with atomic(self.dir / filename) as tmp:
+                yield tmp
+        except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+            raise SystemExit(f"stopped: {self.dir / filename} cannot be written ({error}); what "
+                             "was saved before is kept")
+
     def table(self, filename: str, rows: list):
         """Write a CSV file; rows are {column: value}. A column that a row lacks stays empty."""
         text = io.StringIO()
         writer = csv.DictWriter(text, fieldnames=dict.fromkeys(k for row in rows for k in row))
         writer.writeheader()
         writer.writerows(rows)
-        with atomic(self.dir / filename) as tmp:  # a file's name may be no UTF-8
+        with self.writing(filename) as tmp:  # a file's name may be no UTF-8
             tmp.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
 
     def log(self, row: dict):
@@ -522,27 +611,20 @@ class Run:
         self.log(row)
         plot_curves(self.rows, self.dir / "curves.png")
         means = "".join(f"{name} {value:.3f}, " for name, value in row.items() if "/" in name)
-        print(f"epoch {row['epoch']}: {means}val {row['val_accuracy']:.2%}, EMA "
-              f"{row['val_accuracy_ema']:.2%}, {row['images_per_s']:.0f} images/s, "
-              f"{row['seconds']:.0f} s", flush=True)
+        say(f"epoch {row['epoch']}: {means}val {row['val_accuracy']:.2%}, EMA "
+            f"{row['val_accuracy_ema']:.2%}, {row['images_per_s']:.0f} images/s, "
+            f"{row['seconds']:.0f} s")
 
     def warn(self, filename: str, columns, found: dict, what: str):
         """If anything was found, list it under the two columns and print one line that says so."""
         if found:
             self.table(filename, [dict(zip(columns, pair)) for pair in found.items()])
-            print(f"warning: {len(found)} {what}: see {self.dir / filename}")
+            say(f"warning: {len(found)} {what}: see {self.dir / filename}")
 
     def save(self, filename: str, state: dict):
-        """Save tensors, numbers and strings; `torch.load(weights_only=True)` reads them.
-
-        Exits with status 1 if the file cannot be written; an earlier one stays as it was.
-        """
-        try:
-            with atomic(self.dir / filename) as tmp:
-                torch.save(state, tmp)
-        except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-            raise SystemExit(f"stopped: {self.dir / filename} cannot be written ({error}); what "
-                             "was saved before is kept")
+        """Save tensors, numbers and strings; `torch.load(weights_only=True)` reads them."""
+        with self.writing(filename) as tmp:
+            torch.save(state, tmp)
 
     def finish(self, device: torch.device, **results):
         """Write results.json, and print the same object after the word RESULT as the last line.
@@ -558,9 +640,10 @@ class Run:
         results = {**self.config, **results, "peak_memory_mib": round(peak), "device": name,
                    "torch": torch.__version__}
         results = {key: None if value != value else value for key, value in results.items()}  # NaN
-        write_json(self.dir / "results.json", results)
-        print(f"written to {self.dir}")
-        print("RESULT", json.dumps(results, default=str), flush=True)
+        with self.writing("results.json") as tmp:
+            write_json(tmp, results)
+        say(f"written to {self.dir}")
+        say("RESULT", json.dumps(results, default=str))
 
 
 class EpochMeans:
@@ -593,6 +676,23 @@ class EpochMeans:
 # ============================================= figures ============================================
 
 
+matplotlib.rcParams["text.parse_math"] = False  # a class named $5 is no formula
+
+
+def only_warns(draw):
+    """Decorator: a figure that cannot be drawn or written is a warning on stderr, not the end."""
+    @functools.wraps(draw)
+    def wrapper(*args, **kwargs):
+        try:
+            draw(*args, **kwargs)
+        except Exception as error:
+            say(f"warning: {draw.__name__} failed, its figure is missing ({error})",
+                file=sys.stderr)
+
+    return wrapper
+
+
+@only_warns
 @torch.no_grad()
 def save_samples(generator: nn.Module, fixed_z: Tensor, path):
     """Write G(z) for N fixed z (N, latent_dim), images in [0, 1], as a PNG grid, about square."""
@@ -610,6 +710,7 @@ def save_figure(figure: Figure, path):
         figure.savefig(tmp, format="png", dpi=100)
 
 
+@only_warns
 def plot_curves(rows: list, path):
     """Validation accuracy and loss, and mean D on real and fake images, against steps.
 
@@ -631,6 +732,7 @@ def plot_curves(rows: list, path):
     save_figure(figure, path)
 
 
+@only_warns
 def plot_confusion(confusion: Tensor, class_names: list, path):
     """Confusion matrix (K, K), true class in rows: counts, shaded by their share of the row."""
     k = len(class_names)
@@ -649,6 +751,7 @@ def plot_confusion(confusion: Tensor, class_names: list, path):
     save_figure(figure, path)
 
 
+@only_warns
 def plot_predictions(labels: Tensor, predicted: Tensor, class_names: list, load_images, path):
     """60 images under their predicted classes: up to 30 errors, framed in red, and correct ones.
 
@@ -667,6 +770,7 @@ def plot_predictions(labels: Tensor, predicted: Tensor, class_names: list, load_
     plot_images(load_images(chosen), captions, path, "test errors, and correct ones", wrong)
 
 
+@only_warns
 def plot_images(images: Tensor, captions: list, path, title="", framed=()):
     """Images (N, C, S, S) in [0, 1] under N captions, ten in a row; some may be framed in red.
 

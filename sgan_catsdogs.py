@@ -25,10 +25,9 @@ import shlex
 import signal
 import sys
 import time
-import zipfile
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import islice
+from itertools import combinations, islice
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -43,10 +42,9 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
 from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, classes_of,
-                    die, draw_folders, evaluate, fake_loss, find_leaks, fool_loss, labeled_loss,
-                    listing, number, pick_device, plot_confusion, plot_curves, plot_images,
-                    plot_predictions, real_logit, recorded_split_seed, save_samples,
-                    unlabeled_loss)
+                    die, draw_folders, evaluate, fake_loss, fool_loss, labeled_loss, listing,
+                    number, pick_device, plot_confusion, plot_images, plot_predictions, real_logit,
+                    recorded_split_seed, same_bytes, save_samples, say, unlabeled_loss)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
@@ -144,9 +142,10 @@ def parse_args():
 def read_folders(args, device, rank, world):
     """The labeled, unlabeled, validation and test photos of four folders, checked before training.
 
-    Returns: these four Photos; the K class names; {unusable file: reason}; {validation or test
-    file: a training file of the same bytes}. Without --supervised-only there must be a batch of
-    unlabeled photos. Exits with status 2, naming the flag, on bad input.
+    Returns: these four Photos; the K class names; three dictionaries of photos that need attention:
+    {unusable file: reason}, {validation or test file: a training file of the same bytes}, {labeled
+    file: one of the same bytes that is labeled otherwise}. Without --supervised-only there must be
+    a batch of unlabeled photos. Exits with status 2, naming the flag, on bad input.
     """
     lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
     val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
@@ -167,17 +166,38 @@ def read_folders(args, device, rank, world):
     if min(LABELED_BATCH, len(lab_files)) < world:
         die(f"{world} processes need at least one labeled image each, of the "
             f"{min(LABELED_BATCH, len(lab_files))} in a step")
-    leaks = find_leaks(val_files + test_files, lab_files + unl_files)
+    leaks = same_bytes(val_files + test_files, lab_files + unl_files)
+    conflicts, label_of = {}, dict(zip(lab_files + val_files + test_files,
+                                       lab_labels + val_labels + test_labels))
+    for k in range(len(class_names)):
+        conflicts |= same_bytes([path for path, label in label_of.items() if label == k],
+                                [path for path, label in label_of.items() if label != k])
     if rank == 0:
-        counts = [f"{lab_labels.count(k)} {name}" for k, name in enumerate(class_names)]
-        print(f"{device}: {len(lab_files)} labeled images ({', '.join(counts)}), {len(unl_files)} "
-              f"unlabeled, {len(val_files)} validation, {len(test_files)} test")
+        say(f"{device}: {len(lab_files)} labeled images, {len(unl_files)} unlabeled, "
+            f"{len(val_files)} validation, {len(test_files)} test")
+        say_classes(f"--labeled-dir {args.labeled_dir}", lab_labels, class_names)
+        say_classes(f"--val-dir {args.val_dir}", val_labels, class_names)
+        say_classes(f"--test-dir {args.test_dir}", test_labels, class_names)
+        folders = {"--labeled-dir": args.labeled_dir, "--unlabeled-dir": args.unlabeled_dir,
+                   "--val-dir": args.val_dir, "--test-dir": args.test_dir}
+        for one, other in combinations(folders, 2):
+            if os.path.realpath(folders[one]) == os.path.realpath(folders[other]):
+                say(f"warning: {one} and {other} are the same folder, {folders[one]}")
     room = 0 if args.dry_run else CACHE_BYTES  # decoding all is not worth it for two steps
     photos = [Photos(lab_files, lab_labels, args.image_size, device, cache_bytes=inf),
               Photos(unl_files, None, args.image_size, device, cache_bytes=room // world),
               Photos(val_files, val_labels, args.image_size, device, cache_bytes=room),
               Photos(test_files, test_labels, args.image_size, device)]
-    return photos, class_names, {**bad_val, **bad_test, **bad_unl}, leaks
+    return photos, class_names, ({**bad_val, **bad_test, **bad_unl}, leaks, conflicts)
+
+
+def say_classes(folder, labels, class_names):
+    """Print how many images of each class a folder holds, and warn of classes that it lacks."""
+    counts = [labels.count(k) for k in range(len(class_names))]
+    say(f"{folder}: {', '.join(f'{n} {name}' for n, name in zip(counts, class_names))}")
+    lacking = [name for n, name in zip(counts, class_names) if n == 0]
+    if lacking:
+        say(f"warning: {folder} has no image of {', '.join(lacking)}")
 
 
 def augment(x, strength):
@@ -343,12 +363,12 @@ def stop_signals():
     """A list that Ctrl-C (SIGINT) or SIGTERM makes non-empty; a second one ends the process."""
     received = []
 
-    def note(number, frame):
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    def note(signum, frame):
+        received.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, note)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, note)
     return received
 
 
@@ -400,16 +420,19 @@ def restore(checkpoint, saved, photos, run):
     return checkpoint
 
 
-def open_run(args, method, num_labeled, split_seed, rows, unusable, leaks):
+def open_run(args, method, num_labeled, split_seed, rows, attention):
     """The run's folder, with the lists of photos that need attention; says how to go on with it."""
     config = {name: value for name, value in vars(args).items() if name != "resume"}
     split = "" if split_seed is None else f"__split{split_seed}"
     run = Run(args.out_dir, f"sgan_catsdogs__{method}__n{num_labeled}__px{args.image_size}{split}"
               f"__seed{args.seed}", config, args.resume, rows)
+    unusable, leaks, conflicts = attention
     run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
     run.warn("leaks.csv", ("held out", "training"), leaks,
              "validation or test images are training images too")
-    print(f"{method}: if this run ends early, go on with `{resume_command(run)}`", flush=True)
+    run.warn("conflicts.csv", ("file", "labeled otherwise"), conflicts,
+             "labeled images are labeled otherwise elsewhere")
+    say(f"{method}: if this run ends early, go on with `{resume_command(run)}`")
     return run
 
 
@@ -430,7 +453,7 @@ def main():
     rank, world = start_processes(args.device)  # 0, 1 without torchrun
     started, device = time.perf_counter(), pick_device(args.device)
     torch.manual_seed(args.seed)
-    photos, class_names, unusable, leaks = read_folders(args, device, rank, world)
+    photos, class_names, attention = read_folders(args, device, rank, world)
     labeled, unlabeled, val, test = photos
     x_labeled, y_labeled = labeled.images, labeled.labels  # (n, 3, S, S) uint8, (n,)
     num_classes, num_labeled = len(class_names), len(x_labeled)
@@ -459,7 +482,7 @@ def main():
     started -= state["seconds"]
     split_seed = recorded_split_seed(args.labeled_dir, num_labeled)
     if rank == 0:
-        run = open_run(args, method, num_labeled, split_seed, state["rows"], unusable, leaks)
+        run = open_run(args, method, num_labeled, split_seed, state["rows"], attention)
 
     def held_out(photos):  # batches for evaluation, in order, each image once
         return islice(photos.batches(args.batch_size), 2 if args.dry_run else None)
@@ -476,7 +499,7 @@ def main():
     signals = stop_signals() if world == 1 else []
 
     def save_state():  # all that --resume needs; then the run ends if a signal asked it to
-        run.save("last.pt", {"args": run.config, "files": sizes(photos), "step": step,
+        run.save("last.pt", {"args": run.config, "files": files, "step": step,
                              "best_val": best_val, "rows": run.rows,
                              "seconds": time.perf_counter() - started, **random_states(),
                              **{name: part.state_dict() for name, part in saved.items()}})
@@ -484,7 +507,7 @@ def main():
             raise SystemExit(f"stopped after step {step} of {total_steps}; go on with "
                              f"`{resume_command(run)}`")
 
-    means = EpochMeans()
+    means, files = EpochMeans(), sizes(photos)
     for epoch in range(step // steps_per_epoch + 1, args.epochs + 1):
         first = step % steps_per_epoch  # 0, unless the run was ended within this epoch
         order = np.random.default_rng([args.seed, epoch]).permutation(len(unlabeled.files))
@@ -622,15 +645,15 @@ def main():
     with autocast:
         scores = evaluate(classifier_ema, held_out(test), num_classes)
         scores_best = evaluate(classifier, held_out(test), num_classes)
+    run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
+               split_seed=split_seed, steps=total_steps, seconds=run.rows[-1]["seconds"],
+               val_accuracy=run.rows[-1]["val_accuracy_ema"], test_accuracy=scores["accuracy"],
+               test_accuracy_best_val=scores_best["accuracy"], left_out=len(attention[0]),
+               leaks=len(attention[1]))
     plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
     predicted = scores["predicted"]
     plot_predictions(test.labels[:len(predicted)].cpu(), predicted, class_names,
                      lambda chosen: next(test.batches(60, chosen))[0], run.dir / "predictions.png")
-    run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
-               split_seed=split_seed, steps=total_steps, seconds=run.rows[-1]["seconds"],
-               val_accuracy=run.rows[-1]["val_accuracy_ema"], test_accuracy=scores["accuracy"],
-               test_accuracy_best_val=scores_best["accuracy"], left_out=len(unusable),
-               leaks=len(leaks))
     (run.dir / "last.pt").unlink()  # there is nothing left to resume
 
 
@@ -680,8 +703,8 @@ def predict(args):
     plot_images(x, [f"{class_names[predicted[i]]} {certainty[i]:.1%}" for i in shown],
                 run.dir / "contact_sheet.png", "least and most certain images of each class")
     counts = predicted.bincount(minlength=len(class_names)).tolist()
-    print(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))
-          + f": {run.dir / 'predictions.csv'}")
+    say(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))
+        + f": {run.dir / 'predictions.csv'}")
 
 
 # ===================================== making the four folders ====================================
@@ -705,16 +728,17 @@ def prepare(args):
             with TemporaryDirectory(dir=source.parent) as unpacked:
                 download_and_extract_archive(ARCHIVE, source.parent, unpacked)
                 os.replace(Path(unpacked, "PetImages"), source)
-        except (OSError, RuntimeError, zipfile.BadZipFile) as error:
+        except Exception as error:  # zipfile raises many kinds for a damaged archive
             die(f"--download could not fetch and unpack {ARCHIVE} in {source.parent} ({error}): "
                 "remove what is there of it, and try again")
     images, unusable = check_images(source, "--prepare")
     classes = [name.lower() for name in classes_of(images, source, "--prepare", at_least=2)]
     if unusable:
-        print(f"{len(unusable)} files cannot be used and are left out" + listing(unusable),
-              file=sys.stderr)
-    print(f"classes: {', '.join(sorted(set(classes)))}")
-    per_class = 1000 // len(set(classes))
+        say(f"{len(unusable)} files cannot be used and are left out" + listing(unusable),
+            file=sys.stderr)
+    class_names = sorted(set(classes))
+    say_classes(f"--prepare {source}", [class_names.index(name) for name in classes], class_names)
+    per_class = 1000 // len(class_names)
     draw_folders(images, classes, targets, [args.labels_per_class, per_class, per_class],
                  args.split_seed)
 
@@ -723,7 +747,7 @@ def draw_demo():
     """Draw the cartoon pets of --demo, once."""
     from tests.cartoons import draw_dataset
     if not Path("data/demo").exists():
-        print("drawing 2,000 cartoon cats and dogs ...")
+        say("drawing 2,000 cartoon cats and dogs ...")
         draw_dataset(Path("data/demo"))
 
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
                     fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
-                    real_logit, save_samples, unlabeled_loss)
+                    real_logit, save_samples, say, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
@@ -92,11 +92,16 @@ def load_images(data_dir, train):
     """MNIST from its IDX files, fetched if missing: (N, 1, 28, 28) uint8, (N,) int64 labels."""
     try:
         data = MNIST(data_dir, train=train, download=True)
-    except (OSError, RuntimeError, ValueError, AssertionError) as error:
-        die(f"MNIST could not be read from or fetched to --data-dir {data_dir}: {error}")
-    if len(data.data) != len(data.targets):
-        die(f"--data-dir {data_dir}: {len(data.data)} images but {len(data.targets)} labels")
-    return data.data[:, None], data.targets.long()
+    except Exception as error:  # torchvision raises many kinds for a damaged file
+        die(f"MNIST could not be read from or fetched to --data-dir {data_dir} "
+            f"({type(error).__name__}: {error})")
+    x, y = data.data, data.targets
+    if x.shape[1:] != (28, 28) or len(x) != len(y) or len(x) == 0:
+        die(f"{data.raw_folder} must hold N images of 28 x 28 and N labels, but it holds images "
+            f"{tuple(x.shape)} and {len(y)} labels")
+    if y.max() >= NUM_CLASSES:
+        die(f"{data.raw_folder} holds the label {y.max()}, but those of MNIST are 0 to 9")
+    return x[:, None], y
 
 
 def read_data(args, device):
@@ -115,8 +120,8 @@ def read_data(args, device):
     if len(x_unlabeled) < args.batch_size:
         die(f"--batch-size {args.batch_size} is more than the {len(x_unlabeled)} unlabeled images")
     counts = [f"{n} of {k}" for k, n in enumerate(y_train[labeled].bincount().tolist())]
-    print(f"{device}: {len(labeled)} labeled images ({', '.join(counts)}), {len(x_unlabeled)} "
-          f"unlabeled, {len(val)} validation, {len(x_test)} test")
+    say(f"{device}: {len(labeled)} labeled images ({', '.join(counts)}), {len(x_unlabeled)} "
+        f"unlabeled, {len(val)} validation, {len(x_test)} test")
     return (x_train[labeled].to(device), y_train[labeled].to(device), x_unlabeled,
             (x_train[val].to(device), y_train[val].to(device)),
             (x_test.to(device), y_test.to(device)))
@@ -376,14 +381,14 @@ def main():
     with autocast:
         scores = evaluate(classifier_ema, held_out(test), NUM_CLASSES)
         scores_best = evaluate(classifier, held_out(test), NUM_CLASSES)
+    run.finish(device, script="sgan_mnist", method=method, steps=step,
+               seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
+               test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]
     plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
     predicted = scores["predicted"]
     plot_predictions(test[1][:len(predicted)].cpu(), predicted, class_names,
                      lambda chosen: test[0][chosen] / 255, run.dir / "predictions.png")
-    run.finish(device, script="sgan_mnist", method=method, steps=step,
-               seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
-               test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
 
 
 if __name__ == "__main__":

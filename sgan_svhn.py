@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
                     fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
-                    real_logit, save_samples, unlabeled_loss)
+                    real_logit, save_samples, say, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 1000  # labeled images that only watch the training; the headline figure needs none
@@ -106,14 +106,16 @@ def load_images(data_dir, filename):
                          filename, FILES[filename])
         data = loadmat(path)
         x = torch.from_numpy(data["X"]).permute(3, 2, 0, 1).contiguous()  # from (32, 32, 3, N)
-        y = torch.from_numpy(data["y"].astype("int64")).flatten() % 10  # the file says 10 for 0
+        y = torch.from_numpy(data["y"].astype("int64")).flatten()  # 1 to 10
     except Exception as error:  # scipy raises many kinds for a damaged file
         die(f"{path} could not be fetched or read ({type(error).__name__}: {error}): put the "
             "official file there, or one of the same layout")
     if x.shape[1:] != (3, 32, 32) or x.dtype != torch.uint8 or len(x) != len(y) or len(x) == 0:
         die(f"{path} must hold X (32, 32, 3, N) uint8 and y (N, 1), but X is {data['X'].shape} "
             f"{data['X'].dtype} and y is {data['y'].shape}")
-    return x, y
+    if y.min() < 0 or y.max() > NUM_CLASSES:
+        die(f"{path} holds labels from {y.min()} to {y.max()}, but those of SVHN are 1 to 10")
+    return x, y % NUM_CLASSES  # the file says 10 for the digit 0
 
 
 def read_data(args, device):
@@ -132,8 +134,8 @@ def read_data(args, device):
     if len(x_unlabeled) < args.batch_size:
         die(f"--batch-size {args.batch_size} is more than the {len(x_unlabeled)} unlabeled images")
     counts = [f"{n} of {k}" for k, n in enumerate(y_train[labeled].bincount().tolist())]
-    print(f"{device}: {len(labeled)} labeled images ({', '.join(counts)}), {len(x_unlabeled)} "
-          f"unlabeled, {len(val)} validation, {len(x_test)} test")
+    say(f"{device}: {len(labeled)} labeled images ({', '.join(counts)}), {len(x_unlabeled)} "
+        f"unlabeled, {len(val)} validation, {len(x_test)} test")
     return (x_train[labeled].to(device), y_train[labeled].to(device), x_unlabeled,
             (x_train[val].to(device), y_train[val].to(device)),
             (x_test.to(device), y_test.to(device)))
@@ -409,14 +411,14 @@ def main():
     with autocast:
         scores = evaluate(classifier_ema, held_out(test), NUM_CLASSES)
         scores_best = evaluate(classifier, held_out(test), NUM_CLASSES)
+    run.finish(device, script="sgan_svhn", method=method, steps=step,
+               seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
+               test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]
     plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
     predicted = scores["predicted"]
     plot_predictions(test[1][:len(predicted)].cpu(), predicted, class_names,
                      lambda chosen: test[0][chosen] / 255, run.dir / "predictions.png")
-    run.finish(device, script="sgan_svhn", method=method, steps=step,
-               seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
-               test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
 
 
 if __name__ == "__main__":

@@ -25,7 +25,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, atomic, balanced_split, die, evaluate, fake_loss, fool_loss,
-                    labeled_loss, number, pick_device, real_logit, save_figure, unlabeled_loss)
+                    labeled_loss, number, only_warns, pick_device, real_logit, save_figure, say,
+                    unlabeled_loss)
 
 METHODS = ["supervised", "fool", "feature-matching", "complement"]
 NUM_POINTS, NUM_TEST = 2000, 2000
@@ -219,6 +220,7 @@ def draw_panel(axes, title, x, y, labeled, shown=None, fakes=True):
     axes.set_title(title, fontsize=11)
 
 
+@only_warns
 def draw_figures(x, y, labeled, snapshots, accuracy, run):
     """Write rings.png, the end of every method, and rings.gif, the way there."""
     figure = Figure(figsize=(3 * (1 + len(snapshots)), 3.3), layout="constrained")
@@ -273,12 +275,12 @@ def main():
         accuracy[method] = test["accuracy"]
         weights[method] = {"classifier": classifier.state_dict(),
                            "generator": generator.state_dict()}
-        print(f"{method}: {accuracy[method]:.2%} of {NUM_TEST} test points", flush=True)
+        say(f"{method}: {accuracy[method]:.2%} of {NUM_TEST} test points")
     seconds = time.perf_counter() - started
     run.save("final.pt", weights)
-    draw_figures(x, y, labeled, snapshots, accuracy, run)
     run.finish(device, script="toy_rings", method=" ".join(methods), accuracy=accuracy,
                steps=snapshots["supervised"][-1][0], seconds=round(seconds, 1))
+    draw_figures(x, y, labeled, snapshots, accuracy, run)
 
 
 if __name__ == "__main__":

@@ -11,14 +11,13 @@ import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import sgan_catsdogs
-from common import check_images, dali_loader, find_leaks, why_unusable
+from common import dali_loader, same_bytes, why_unusable
 from tests.conftest import (CPU, PETS, ROOT, call_main, cut_off, new_classifier, photo_folders,
                             picture, read_csv, read_part, refusal, same_bits, train, untimed)
 
@@ -41,11 +40,6 @@ def link(path):
 GOOD = {
     "photo.jpg": save(picture()),
     "progressive.jpg": save(picture(), progressive=True),
-    "grey.jpg": save(picture("L")),
-    "cmyk.jpg": save(picture("CMYK")),
-    "palette.png": save(picture("P")),
-    "transparent.png": save(picture("RGBA")),
-    "sixteen bits.png": save(Image.fromarray(np.arange(400, dtype=np.uint16).reshape(20, 20))),
     "one pixel.jpg": save(picture(size=(1, 1))),
     "wide.jpg": save(picture(size=(20_000, 3))),
     "phone.jpg": save(picture(), format="MPO", save_all=True, append_images=[picture()]),
@@ -54,10 +48,6 @@ GOOD = {
     "really a jpeg.png": save(picture(), format="JPEG"),
     "no extension": save(picture(), format="PNG"),
     "x.webp": save(picture()),
-    "x.bmp": save(picture()),
-    "x.tiff": save(picture()),
-    "x.ppm": save(picture()),
-    "x.jp2": save(picture()),
     "link.jpg": link,
 }
 BAD = {
@@ -84,27 +74,12 @@ def test_images_of_all_kinds_are_usable_and_can_be_loaded(name, tmp_path):
     assert x.shape == (1, 3, 32, 32) and x.min() >= 0 and x.max() <= 1
 
 
-def test_folders_are_searched_through_links_and_litter_is_passed_over(tmp_path):
-    elsewhere, folder = tmp_path / "elsewhere", tmp_path / "photos"
-    for place in (elsewhere, folder / "a/b", folder / ".thumbnails"):
-        place.mkdir(parents=True)
-        picture().save(place / "1.jpg")
-    (folder / "to elsewhere").symlink_to(elsewhere)
-    (folder / "a/to photos").symlink_to(folder)  # a circle
-    for name in (".DS_Store", ".hidden.jpg", "Thumbs.db", "desktop.ini"):
-        (folder / name).write_text("litter")
-    (folder / "notes.txt").write_text("not litter")
-    images, unusable = check_images(folder, "--flag")
-    assert [str(path.relative_to(folder)) for path in images] == ["a/b/1.jpg", "to elsewhere/1.jpg"]
-    assert unusable == {folder / "notes.txt": "not an image"}
-
-
 def test_leaks_are_files_of_the_same_bytes(tmp_path):
     paths = [tmp_path / name for name in "abcde"]
     for path, text in zip(paths, ("cat", "dog", "dog", "cow", "sheep")):
         path.write_text(text)
-    assert find_leaks(paths[:2], paths[2:]) == {paths[1]: paths[2]}
-    assert find_leaks(paths[:1], paths[2:]) == {}
+    assert same_bytes(paths[:2], paths[2:]) == {paths[1]: paths[2]}
+    assert same_bytes(paths[:1], paths[2:]) == {}
 
 
 def test_bad_files_are_left_out_and_listed_and_leaks_reported(pets, tmp_path, capsys):
