@@ -38,7 +38,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.resnet import BasicBlock, ResNet, ResNet18_Weights
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, classes_of,
@@ -51,6 +52,7 @@ LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, 
 UNLABELED_PER_FAKE = 2
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
+IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
 CACHE_BYTES = 2 << 30  # decoded photos that take less than this stay in memory
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
@@ -88,6 +90,8 @@ def parse_args():
                        help="Adam learning rate of the classifier")
     train.add_argument("--lr-generator", type=number(float, above=0), default=1e-3,
                        help="Adam learning rate of the generator")
+    train.add_argument("--pretrained", action="store_true",
+                       help="begin with ImageNet weights, fetched at first use; from 128 px on")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
                        help="form of the real/fake logit, see Classifier")
     train.add_argument("--generator-loss", choices=["both", "fool", "feature-matching"],
@@ -131,6 +135,8 @@ def parse_args():
                     f"{parser.get_default(name)}, not {value}; leave the flag out")
     if args.image_size % 32:
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
+    if args.pretrained and args.image_size < 128:
+        die(f"--pretrained needs the ResNet18, from --image-size 128 on, not {args.image_size}")
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     return args, checkpoint
@@ -283,10 +289,11 @@ class Classifier(nn.Module):
     (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016, arXiv:1606.01583; the
     labeled loss stays one of K classes).
     The network is a ResNet18 (He et al. 2015, arXiv:1512.03385). Below 128 px it is a ResNet10,
-    with one block instead of two at each size, which learned more in the same time.
+    with one block instead of two at each size, which learned more in the same time. With
+    imagenet_inputs it normalises images as ImageNet weights expect.
     """
 
-    def __init__(self, num_classes, image_size, real_logit_form):
+    def __init__(self, num_classes, image_size, real_logit_form, imagenet_inputs=False):
         super().__init__()
         self.resnet = ResNet(BasicBlock, [2 if image_size >= 128 else 1] * 4)
         self.resnet.fc = nn.Identity()
@@ -294,19 +301,28 @@ class Classifier(nn.Module):
             self.resnet.maxpool = nn.Identity()
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(512, num_classes)
-        self.real_logit_form = real_logit_form
+        self.real_logit_form, self.imagenet_inputs = real_logit_form, imagenet_inputs
         if real_logit_form == "fake-class":
             self.extra = nn.Linear(512, 1)
 
     def forward(self, x):
-        x = ((x - 0.5) * 4).contiguous(memory_format=torch.channels_last)  # photos: std about 1/4
-        features = self.resnet(x)
+        x = normalize(x, *IMAGENET) if self.imagenet_inputs else (x - 0.5) * 4  # std about 1/4
+        features = self.resnet(x.contiguous(memory_format=torch.channels_last))
         h = self.dropout(features)
         logits = self.head(h)
         r = real_logit(logits)  # log sum_k exp l_k(x)
         if self.real_logit_form == "fake-class":
             r = r - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
         return logits, features, r
+
+
+def load_imagenet_weights(resnet):
+    """Give a ResNet18 without its last layer torchvision's weights, from its cache or fetched."""
+    try:
+        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # torch raises many kinds without a network or for a damaged file
+        die(f"--pretrained could not fetch or read the weights ({type(error).__name__}: {error})")
+    resnet.load_state_dict({name: w for name, w in weights.items() if not name.startswith("fc.")})
 
 
 @contextmanager
@@ -459,7 +475,10 @@ def main():
     num_classes, num_labeled = len(class_names), len(x_labeled)
     method = "supervised" if args.supervised_only else "sgan"
 
-    classifier = Classifier(num_classes, args.image_size, args.real_logit).to(device)
+    classifier = Classifier(num_classes, args.image_size, args.real_logit, args.pretrained)
+    if args.pretrained and not args.resume:
+        load_imagenet_weights(classifier.resnet)
+    classifier = classifier.to(device)
     classifier = classifier.to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
@@ -469,7 +488,7 @@ def main():
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
     for_predict = {"class_names": class_names, "image_size": args.image_size,
-                   "real_logit": args.real_logit,
+                   "real_logit": args.real_logit, "pretrained": args.pretrained,
                    "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
 
     # ---- the run's folder, and where a run that goes on was left ----
@@ -671,7 +690,8 @@ def predict(args):
     model = load_checkpoint(args.checkpoint, "--checkpoint",
                             ["class_names", "image_size", "real_logit", "gan_weight"])
     class_names = model["class_names"]
-    classifier = Classifier(len(class_names), model["image_size"], model["real_logit"])
+    classifier = Classifier(len(class_names), model["image_size"], model["real_logit"],
+                            model.get("pretrained", False))
     load_state(classifier, model["classifier"], "--checkpoint", args.checkpoint)
     classifier = classifier.to(device).eval()
     files, unusable = check_images(args.predict, "--predict")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torchvision.models.resnet import ResNet18_Weights, resnet18
 
 import sgan_catsdogs
 from common import dali_loader, same_bytes, why_unusable
@@ -133,7 +134,7 @@ def test_prepare_draws_balanced_folders(layout, flags, labeled, archives, tmp_pa
     assert len(set(originals)) == len(originals) and set(originals) == everything
     output = capsys.readouterr()
     assert "1 file" in output.err and "666.jpg: empty" in output.err
-    assert "classes: cat, dog\n" in output.out
+    assert re.search(r"^--prepare .*: 1059 cat, 1060 dog$", output.out, re.MULTILINE)
     for part in ("labeled", "val", "test"):
         links, files = parts[part]
         assert [path.parent.name for path in links] == [class_in_archive(path) for path in files]
@@ -340,7 +341,7 @@ def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, caps
 
 def test_predictions_are_those_of_the_checkpoint_least_certain_first(whole, pets, tmp_path, capsys):
     photos = shutil.copytree(pets / "test", tmp_path / "new photos")
-    (photos / "notes.txt").write_text("no photo")
+    (photos / "notes.png").write_text("no photo")
     call_main("sgan_catsdogs", "--predict", photos, "--checkpoint", whole / "best.pt", "--device",
               "cpu", "--batch-size", 7)
     [run] = Path("runs").iterdir()
@@ -361,7 +362,7 @@ def test_predictions_are_those_of_the_checkpoint_least_certain_first(whole, pets
         assert float(row["looks_like_training"]) == pytest.approx(r[n].sigmoid().item(), abs=0.02)
     with Image.open(run / "contact_sheet.png") as sheet:
         assert sheet.width > 500
-    assert [Path(row["file"]).name for row in read_csv(run / "left_out.csv")] == ["notes.txt"]
+    assert [Path(row["file"]).name for row in read_csv(run / "left_out.csv")] == ["notes.png"]
     counts = re.findall(r"(\d+) (cat|dog)", capsys.readouterr().out.splitlines()[-1])
     assert counts == [(str([row["class"] for row in rows].count(name)), name)
                       for name in ("cat", "dog")]
@@ -383,6 +384,54 @@ def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path
         assert f"--checkpoint: {path}" in message or f"no file {path}" in message
         assert word in message
     assert not Path("runs").exists()
+
+
+# ====================================== ImageNet weights ==========================================
+
+
+def test_pretrained_runs_begin_with_the_weights_in_the_cache(pets, tmp_path, monkeypatch):
+    """Random weights stand in torch's cache for those that it would fetch."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    weights = resnet18().state_dict()
+    cached = tmp_path / "cache/hub/checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name
+    cached.parent.mkdir(parents=True)
+    torch.save(weights, cached)
+    flags = ["--pretrained", "--image-size", 128, "--lr", 1e-12, "--ema-decay", 0]
+    run, results = train("sgan_catsdogs", *PETS, *photo_folders(pets), "--dry-run", *flags)
+    final = torch.load(run / "final.pt", weights_only=True)
+    assert results["pretrained"] and final["pretrained"]
+    for name, weight in weights.items():
+        if not name.startswith("fc.") and "running" not in name and "num_batches" not in name:
+            torch.testing.assert_close(final["classifier"][f"resnet.{name}"], weight)
+    call_main("sgan_catsdogs", "--predict", pets / "test", "--checkpoint", run / "final.pt",
+              "--device", "cpu", "--out-dir", "labels")
+    [labels] = Path("labels").iterdir()
+    rows = {row["file"]: row for row in read_csv(labels / "predictions.csv")}
+    classifier = sgan_catsdogs.Classifier(2, 128, "logsumexp", imagenet_inputs=True).eval()
+    classifier.load_state_dict(final["classifier"])
+    path = pets / "test/cat/000.jpg"
+    [(x, _)] = dali_loader([path], None, 1, 128, CPU)
+    mean, deviation = ResNet18_Weights.IMAGENET1K_V1.transforms().mean, [0.229, 0.224, 0.225]
+    with torch.no_grad():
+        by_hand = classifier.resnet((x - torch.tensor(mean).view(3, 1, 1))
+                                    / torch.tensor(deviation).view(3, 1, 1))
+        logits, features, _ = classifier(x)
+    torch.testing.assert_close(features, by_hand, rtol=1e-3, atol=1e-3)
+    assert float(rows[str(path)]["probability"]) == pytest.approx(
+        logits.softmax(dim=1).max().item(), abs=0.02)
+
+
+def test_pretrained_without_weights_or_pixels_is_refused(pets, tmp_path, monkeypatch, capsys):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    flags = [*photo_folders(pets), "--device", "cpu", "--batch-size", 16, "--dry-run"]
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
+    message = refusal(capsys, "sgan_catsdogs", *flags, "--pretrained", "--image-size", 128)
+    assert "--pretrained" in message and "no route to host" in message
+    message = refusal(capsys, "sgan_catsdogs", *flags, "--pretrained", "--image-size", 96)
+    assert "--pretrained" in message and "96" in message
 
 
 # ======================================= several processes ========================================

@@ -228,7 +228,7 @@ DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--warmup-steps"]
 FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS],
          "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-label-smoothing"],
          "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
-                           "--test-dir", "--image-size", "--lr-generator",
+                           "--test-dir", "--image-size", "--lr-generator", "--pretrained",
                            "--statistics", "--constant-lr", "--prepare", "--download",
                            "--labels-per-class", "--demo", "--resume", "--predict", "--checkpoint"],
          "toy_rings": ["--seed", "--split-seed", "--device", "--out-dir", "--dry-run",
