@@ -1,8 +1,7 @@
 """What the four scripts share: the log-sum-exp loss, the DALI loader, and evaluation.
 
-The sections stand in the order in which a script uses them: the loss, flags and device, image
-files, the DALI loader, the draw of labels, evaluation, the record of a run, figures. Networks,
-training loops and hyper-parameters are in the scripts.
+The sections stand in the order in which a script uses them. Networks, training loops and
+hyper-parameters are in the scripts.
 
 Notation: l(x) are the K logits of the classifier and Z(x) = sum_k exp l_k(x). The classifier is
 also the discriminator D(x) = Z / (Z + 1) (Salimans et al. 2016, arXiv:1606.03498, section 5).
@@ -39,10 +38,12 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 # ==================================== the log-sum-exp loss =======================================
-# A (K+1)-way softmax whose extra logit, "fake", is fixed at 0 says p(fake | x) = 1 / (Z + 1). So
-# with r(x) = log Z(x): D(x) = sigmoid(r), -log D(x) = softplus(-r), -log(1 - D(x)) = softplus(r),
-# and p(y | x, real) = exp l_y / Z is the ordinary softmax. Under autocast, too, nothing is computed
-# in less than float32; logsumexp and softplus and their gradients stay finite at logits of +-1e4.
+# Take a softmax of K+1 classes whose last logit, "fake", is fixed at 0. With r(x) = log Z(x):
+#     D(x) = 1 - p(fake | x) = Z / (Z + 1) = sigmoid(r)
+#     -log D(x) = softplus(-r)
+#     -log(1 - D(x)) = softplus(r)
+#     p(y | x, real) = exp l_y / Z, the ordinary softmax
+# All is computed in float32 at least, under autocast too. It stays finite at logits of +-1e4.
 
 
 def float32_at_least(x: Tensor) -> Tensor:
@@ -140,9 +141,9 @@ def bf16_autocast(device: torch.device) -> torch.autocast:
 # =========================================== image files ==========================================
 # One file that DALI cannot decode ends its pipeline. So every file is decoded once beforehand.
 
-# Kinds of pixels that DALI was seen to decode as Pillow does (tests/test_images.py); of others it
-# crashes, or gives wrong colours. They have Pillow's names: of format, decoder and raw mode, or
-# mode where there is no raw mode. MPO is the JPEG of some phones, with a second picture.
+# Kinds of pixels that DALI was seen to decode as Pillow does (tests/test_files.py). On others it
+# crashes or gives wrong colours. Keys are Pillow's format and decoder. Values are its raw modes, or
+# modes where there is no raw mode. MPO is the JPEG of some phones, with a second picture.
 DALI_DECODES = {
     ("JPEG", "jpeg"): "L RGB CMYK CMYK;I",
     ("MPO", "jpeg"): "L RGB",
@@ -187,8 +188,7 @@ def why_undecodable(image) -> str | None:
 def why_unusable(path):
     """Why an image file cannot be used, in a few words; None if it can.
 
-    It is decoded whole by Pillow, a JPEG at an eighth of its size: that reads all of the file, in a
-    third of the time.
+    Pillow decodes it, a JPEG at an eighth of its size. That reads all of the file, too.
     """
     try:
         str(path).encode()  # fails if the name is not UTF-8
@@ -214,8 +214,8 @@ def check_images(folder, flag: str):
     """All image files below a folder -> (usable paths, sorted; {unusable path: reason}).
 
     Links are followed. OTHER_FILES and OTHER_FOLDERS are passed over. Exits with status 2 and the
-    flag's name if there is no such folder, if a folder in it cannot be read, if it holds no file,
-    or if more than half of its files are unusable.
+    flag's name if the folder is missing, empty or cannot be read. It does so, too, if more than
+    half of the files are unusable.
     """
     def refuse(error):
         die(f"{flag} {folder}: the folder {error.filename} cannot be read ({error.strerror}); make "
@@ -256,8 +256,8 @@ def classes_of(images, folder, flag: str, at_least=1) -> list:
     """The class of each labeled image: its subfolder, or else its name without a number at the end.
 
     american_bulldog_1.jpg is of class american_bulldog; cat.12.jpg, cat (7).jpg and cat3.jpg are of
-    class cat. Exits with status 2 if only some images are in subfolders, if a name is but a number,
-    or if there are fewer classes than at_least.
+    class cat. Exits with status 2 if only some images are in subfolders or a name is but a number.
+    It does so, too, if there are fewer classes than at_least.
     """
     loose = [path for path in images if path.parent == Path(folder)]
     if 0 < len(loose) < len(images):
@@ -344,7 +344,7 @@ def dali_loader(files, labels, batch_size, image_size, device):
     # The CPU decodes a few photos at once, not a batch of 64: one of full size takes 36 MB at 12
     # megapixels. What it decodes ahead are resized photos.
     at_once = min(len(files), batch_size if on_gpu else math.gcd(batch_size, threads))
-    # Of a few photos it prepares few ahead, as at the end it begins with the first ones again.
+    # With few photos it prepares few ahead, as at the end DALI begins again with the first ones.
     ahead = max(1, min(max(2, batch_size // at_once), len(files) // at_once // 8))
 
     @pipeline_def(batch_size=at_once, num_threads=threads,
@@ -420,8 +420,8 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     Returns: index tensors (labeled, validation, unlabeled), disjoint, together all N. If a class
     is smaller than its share, all of it is labeled and random others fill the gap. The labeled
     draw does not depend on num_val. Validation has the class frequencies of the data.
-    Exits with status 2 if num_labeled is not a positive multiple of num_classes, if it is more
-    than N, or if a class has no image.
+    Exits with status 2 if num_labeled is no positive multiple of num_classes or more than N. It
+    does so, too, if a class has no image.
     """
     if num_labeled <= 0 or num_labeled % num_classes:
         die(f"--num-labeled must be a positive multiple of the {num_classes} classes, "
@@ -504,9 +504,11 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
     """Score a classifier in one pass over (images, labels (B,)) batches; each image counts once.
 
     classifier maps images to (logits (B, K), ...). It is put into eval mode and back.
-    Returns: accuracy in [0, 1]; loss, the mean cross-entropy in nats; confusion (K, K) int64
-    counts, the true class in rows; predicted (N,) int64 in the order of the batches. Without
-    images the first two are NaN.
+    Returns a dictionary:
+        accuracy: in [0, 1]; NaN without images.
+        loss: mean cross-entropy in nats; NaN without images.
+        confusion: (K, K) int64 counts, the true class in rows.
+        predicted: (N,) int64, in the order of the batches.
     """
     was_training = classifier.training
     classifier.eval()

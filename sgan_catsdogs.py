@@ -1,10 +1,10 @@
 """Semi-supervised GAN on a folder of photos: cats and dogs from 100 labels.
 
 A ResNet is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits are
-also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x), which tells photos from the images
-of a DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). The moving average (EMA)
-of the classifier labels the photos that it is surest of, equally many of each class, and the
-classifier learns these labels too.
+also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x). It tells photos from the images of a
+DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). The moving average (EMA) of the
+classifier labels the photos that it is surest of, equally many of each class. The classifier learns
+these labels too.
 
     python sgan_catsdogs.py --demo                          # cartoon pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
@@ -15,7 +15,7 @@ classifier learns these labels too.
     python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/final.pt
     torchrun --nproc-per-node 4 sgan_catsdogs.py            # train on four GPUs
 
-What it scores, and what differs from the article that it follows: .github/RESULTS.md.
+What it scores, and how it differs from the cats and dogs article: .github/RESULTS.md.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def parse_args():
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier on labeled images alone")
     train.add_argument("--epochs", type=number(int, minimum=1), default=40,
-                       help="passes over the unlabeled images; of 100 steps if --supervised-only")
+                       help="passes over the unlabeled images; 100 steps each if --supervised-only")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=64,
                        help="unlabeled images per step, at least 2 for batch norm")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
@@ -105,10 +105,10 @@ def parse_args():
     train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.996,
                        help="decay of the averaged classifier, which is scored; 0: no average")
     train.add_argument("--statistics", choices=["unlabeled", "all"], default="unlabeled",
-                       help="images that move the batch-norm statistics used in evaluation")
+                       help="images that update the running batch-norm statistics")
     train.add_argument("--constant-lr", action="store_true",
-                       help="keep the learning rates; else they fall to 0 over the second half")
-    prepare = parser.add_argument_group("making the four folders (does not train)")
+                       help="do not let the learning rates fall to 0 over the second half")
+    prepare = parser.add_argument_group("making the four folders (only --demo trains)")
     prepare.add_argument("--prepare", metavar="SOURCE",
                          help="draw the four folders from Kaggle's train/ or from PetImages/")
     prepare.add_argument("--download", action="store_true",
@@ -148,10 +148,11 @@ def parse_args():
 def read_folders(args, device, rank, world):
     """The labeled, unlabeled, validation and test photos of four folders, checked before training.
 
-    Returns: these four Photos; the K class names; three dictionaries of photos that need attention:
-    {unusable file: reason}, {validation or test file: a training file of the same bytes}, {labeled
-    file: one of the same bytes that is labeled otherwise}. Without --supervised-only there must be
-    a batch of unlabeled photos. Exits with status 2, naming the flag, on bad input.
+    Returns these four Photos, the K class names, and three dictionaries for the user:
+        unusable: {file: reason}
+        leaks: {validation or test file: a training file of the same bytes}
+        conflicts: {labeled file: one of the same bytes that is labeled otherwise}
+    Exits with status 2, naming the flag, on bad input.
     """
     lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
     val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
@@ -163,9 +164,9 @@ def read_folders(args, device, rank, world):
             die(f"--unlabeled-dir {args.unlabeled_dir} holds {len(unl_files)} images, fewer than "
                 f"one batch: add some, or set --batch-size to {len(unl_files)} or less")
         enough = round(len(class_names) / TEACHER_SHARE)  # one image a class by the last step
-        if args.consistency_weight and args.batch_size < enough:
+        if args.consistency_weight and args.batch_size < enough * world:
             die(f"--batch-size {args.batch_size} is too small to choose images of "
-                f"{len(class_names)} classes from: set it to {enough} or more, or "
+                f"{len(class_names)} classes from: set it to {enough * world} or more, or "
                 "--consistency-weight to 0")
         if args.batch_size % world:
             die(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
@@ -255,7 +256,7 @@ def augment(x, strength):
 class Generator(nn.Module):
     """DCGAN: z (N, latent_dim) -> images (N, 3, S, S) in [0, 1], S = image_size = 32 s.
 
-    Radford et al. 2015 (arXiv:1511.06434); the article's layers, which start at 7x7 for 224 px.
+    Radford et al. 2015 (arXiv:1511.06434). The layers are those of the cats and dogs article.
     """
 
     def __init__(self, image_size):
@@ -327,7 +328,7 @@ def load_imagenet_weights(resnet):
 
 @contextmanager
 def frozen_statistics(classifier, frozen=True):
-    """Within it, forward passes leave the running batch-norm statistics, for evaluation, alone."""
+    """Within it, forward passes do not change the running batch-norm statistics."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0 if frozen else 0.1
@@ -420,7 +421,7 @@ def random_states():
     return {"rng_state": torch.get_rng_state(), "cuda_rng_state": cuda}
 
 
-def restore(checkpoint, saved, photos, run):
+def restore(checkpoint, parts, photos, run):
     """Put networks, optimisers and random numbers where last.pt left them; returns the checkpoint.
 
     Refused if the folders hold other images than those that the run began with.
@@ -428,7 +429,7 @@ def restore(checkpoint, saved, photos, run):
     if checkpoint["files"] != sizes(photos):
         die(f"--resume {run}: the folders do not hold the images that run began with; was it "
             "started in another working directory?")
-    for name, part in saved.items():
+    for name, part in parts.items():
         load_state(part, checkpoint[name], "--resume", Path(run, "last.pt"))
     torch.set_rng_state(checkpoint["rng_state"])
     if checkpoint["cuda_rng_state"] is not None and torch.cuda.is_available():
@@ -492,11 +493,11 @@ def main():
                    "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
 
     # ---- the run's folder, and where a run that goes on was left ----
-    saved = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
+    parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
              "opt_d": opt_d, "opt_g": opt_g}
     state = {"step": 0, "best_val": -1.0, "seconds": 0.0, "rows": []}
     if args.resume:
-        state = restore(checkpoint, saved, photos, args.resume)
+        state = restore(checkpoint, parts, photos, args.resume)
     step, best_val = state["step"], state["best_val"]
     started -= state["seconds"]
     split_seed = recorded_split_seed(args.labeled_dir, num_labeled)
@@ -517,16 +518,18 @@ def main():
         torch.manual_seed(args.seed + rank + step)
     signals = stop_signals() if world == 1 else []
 
-    def save_state():  # all that --resume needs; then the run ends if a signal asked it to
-        run.save("last.pt", {"args": run.config, "files": files, "step": step,
+    def save_state():  # all that --resume needs
+        run.save("last.pt", {"args": run.config, "files": photo_sizes, "step": step,
                              "best_val": best_val, "rows": run.rows,
                              "seconds": time.perf_counter() - started, **random_states(),
-                             **{name: part.state_dict() for name, part in saved.items()}})
+                             **{name: part.state_dict() for name, part in parts.items()}})
+
+    def stop_if_asked():  # by a signal, after save_state()
         if signals and step < total_steps:
             raise SystemExit(f"stopped after step {step} of {total_steps}; go on with "
                              f"`{resume_command(run)}`")
 
-    means, files = EpochMeans(), sizes(photos)
+    means, photo_sizes = EpochMeans(), sizes(photos)
     for epoch in range(step // steps_per_epoch + 1, args.epochs + 1):
         first = step % steps_per_epoch  # 0, unless the run was ended within this epoch
         order = np.random.default_rng([args.seed, epoch]).permutation(len(unlabeled.files))
@@ -563,7 +566,7 @@ def main():
 
                 # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
                 # Few at first, none before TEACHER_START: the labels are only as good as it is.
-                done = (step / total_steps - TEACHER_START) / (1 - TEACHER_START)
+                done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
                 y_teacher, picked = torch.zeros(2, len(x_unl), dtype=torch.long, device=device)
                 if args.consistency_weight and per_class > 0:
@@ -572,8 +575,8 @@ def main():
                     y_teacher, picked = surest_of_each_class(logits_teacher, per_class)  # (N,)
 
                 # ---- classifier: labels right, photos real, fakes fake ----
-                # Three forward passes, as batch norm would mix the three kinds of images. Only
-                # unlabeled photos move the running statistics: fakes are not evaluated, and the
+                # Each kind of image has a pass of its own, as batch norm would mix them. Only
+                # unlabeled photos update the running statistics: fakes are not evaluated, and the
                 # labeled photos are few.
                 frozen = args.statistics == "unlabeled"
                 classifier.requires_grad_(True)
@@ -597,7 +600,7 @@ def main():
                 average_gradients(classifier)
                 opt_d.step()
 
-                # ---- generator, through the new classifier; feat_unl is of the old one ----
+                # ---- generator, through the updated classifier; feat_unl is from before ----
                 classifier.requires_grad_(False)
                 with autocast, frozen_statistics(classifier, frozen):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 512), (M,)
@@ -625,6 +628,7 @@ def main():
                 ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
             if signals and step % steps_per_epoch:
                 save_state()
+                stop_if_asked()
 
         # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
         epoch_means = means.take()  # waits for the device
@@ -651,6 +655,7 @@ def main():
                        "val_accuracy_ema": scores_ema["accuracy"],
                        "images_per_s": round(images_per_s, 1)})
         save_state()
+        stop_if_asked()
 
     if rank:
         return
@@ -718,7 +723,7 @@ def predict(args):
     few, shown = max(1, min(10, 100 // len(class_names))), []
     for k in range(len(class_names)):
         of_class = [i for i in order if predicted[i] == k]
-        shown += of_class[:few] + of_class[few:][-few:]
+        shown += of_class if len(of_class) < 2 * few else of_class[:few] + of_class[-few:]
     x, _ = next(photos.batches(len(shown), shown))
     plot_images(x, [f"{class_names[predicted[i]]} {certainty[i]:.1%}" for i in shown],
                 run.dir / "contact_sheet.png", "least and most certain images of each class")

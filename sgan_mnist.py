@@ -218,7 +218,7 @@ class Classifier(nn.Module):
 
 @contextmanager
 def frozen_statistics(classifier):
-    """Within it, forward passes leave the running batch-norm statistics, for evaluation, alone."""
+    """Within it, forward passes do not change the running batch-norm statistics."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0
@@ -298,8 +298,8 @@ def main():
                 x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
 
                 # ---- classifier: labels right, digits real, fakes fake ----
-                # Three forward passes, as batch norm would mix the three kinds of images. Only
-                # unlabeled digits move the running statistics: fakes are not evaluated, and the
+                # Each kind of image has a pass of its own, as batch norm would mix them. Only
+                # unlabeled digits update the running statistics: fakes are not evaluated, and the
                 # labeled digits are few.
                 classifier.requires_grad_(True)
                 with autocast:
@@ -321,7 +321,7 @@ def main():
                 loss_d.backward()
                 opt_d.step()
 
-                # ---- generator, through the new classifier; feat_unl is of the old one ----
+                # ---- generator, through the updated classifier; feat_unl is from before ----
                 classifier.requires_grad_(False)
                 with autocast, frozen_statistics(classifier):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)

@@ -7,7 +7,11 @@ data ("fool"), to match the mean features of data, or to do that, spread out, an
 data ("complement", Dai et al. 2017, arXiv:1705.09783, called Bad GAN). Fakes between the rings are
 what moves the boundary there.
 
-    python toy_rings.py                            # all four, rings.png and rings.gif
+Two more methods train a good generator G(z, y) of points of a class y. Its discriminator judges
+pairs of a point and a label. Triple-GAN (Li et al. 2017, arXiv:1703.02291) has this generator
+alone. UGAN (Li et al. 2019, arXiv:1910.08540) has the complement generator beside it.
+
+    python toy_rings.py                            # all six, rings.png and rings.gif
     python toy_rings.py --seed 1 --split-seed 1    # other labels
 
 What it scores over 20 draws of labels: .github/RESULTS.md.
@@ -28,7 +32,7 @@ from common import (EpochMeans, Run, atomic, balanced_split, die, evaluate, fake
                     labeled_loss, number, only_warns, pick_device, real_logit, save_figure, say,
                     unlabeled_loss)
 
-METHODS = ["supervised", "fool", "feature-matching", "complement"]
+METHODS = ["supervised", "fool", "feature-matching", "complement", "triple-gan", "ugan"]
 NUM_POINTS, NUM_TEST = 2000, 2000
 LATENT_DIM = 8
 BATCH_SIZE = 50  # 40 steps an epoch
@@ -38,6 +42,7 @@ LABELED_WEIGHT = 0.03  # the rings shall form the features before 8 points draw 
 BANDWIDTH = 0.05  # of the density estimate, about the width of a ring
 SIDE = 1.6  # of the density table: beyond all data; outside, log p is that of its border
 LOW_DENSITY = 0.1  # quantile of the data's density; generated points shall be in places below it
+RIGHT_RING = 0.12  # a point this near to a ring's radius is on it, three times the rings' noise
 FRAMES = 25  # of rings.gif
 COLORS = ["#d95f02", "#1b6ca8"]  # inner and outer ring; orange and blue, for all eyes
 
@@ -109,17 +114,36 @@ class Classifier(nn.Module):
         return self.head(features), features
 
 
-def make_generator():
-    """z (N, latent_dim) -> points (N, 2)."""
-    return nn.Sequential(nn.Linear(LATENT_DIM, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
+def make_generator(num_inputs=LATENT_DIM):
+    """z (N, latent_dim) -> points (N, 2); a good generator gets z and y one-hot, side by side."""
+    return nn.Sequential(nn.Linear(num_inputs, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(),
                          nn.Linear(64, 2))
+
+
+def make_pair_discriminator():
+    """Points (N, 2) -> d (N, 2); sigmoid d_y(x) says how real the pair of x and label y is."""
+    return nn.Sequential(nn.Linear(2, 64), nn.LeakyReLU(0.2), nn.Linear(64, 64), nn.LeakyReLU(0.2),
+                         nn.Linear(64, 64), nn.LeakyReLU(0.2), nn.Linear(64, 2))
+
+
+def with_class(z, y):
+    """z (N, latent_dim), labels (N,) -> the input of a good generator (N, latent_dim + 2)."""
+    return torch.cat([z, F.one_hot(y, 2)], dim=1)
+
+
+def at(logits, y):
+    """Of each row of logits (N, K) that of its label y (N,) -> (N,)."""
+    return logits.gather(1, y[:, None])[:, 0]
 
 
 # ============================================ training ============================================
 
 
 def train(method, x_lab, y_lab, x_data, args, run):
-    """Train one method; returns (EMA classifier, generator, snapshots of both for the figures)."""
+    """Train one method; returns ({name: network}, snapshots of them for the figures).
+
+    The classifier and the good generator, if there is one, are moving averages (EMA).
+    """
     device = x_data.device
     torch.manual_seed(args.seed)  # every method begins with the same classifier
     classifier = Classifier().to(device)
@@ -130,10 +154,22 @@ def train(method, x_lab, y_lab, x_data, args, run):
     fixed_z = torch.randn(300, LATENT_DIM, device=device)
     table = log_density_table(x_data)
     threshold = log_density(x_data, table).quantile(LOW_DENSITY)
+    networks = {"classifier": classifier_ema, "generator": generator}
+    averages = [(classifier_ema, classifier)]
+    if method in ("triple-gan", "ugan"):  # only then, so that the others keep their random numbers
+        pair_d = make_pair_discriminator().to(device)
+        good = make_generator(LATENT_DIM + 2).to(device)
+        good_ema = deepcopy(good).requires_grad_(False)
+        opt_pair_d = torch.optim.Adam(pair_d.parameters(), LEARNING_RATE, (0.5, 0.999), fused=True)
+        opt_good = torch.optim.Adam(good.parameters(), LEARNING_RATE, (0.5, 0.999), fused=True)
+        networks["good_generator"] = good_ema
+        averages.append((good_ema, good))
+    if method == "triple-gan":  # the good one is its only generator
+        del networks["generator"]
     steps_per_epoch = len(x_data) // BATCH_SIZE
     num_steps = 2 if args.dry_run else args.epochs * steps_per_epoch
     frames = {round(num_steps * (k / (FRAMES - 1)) ** 2) for k in range(FRAMES)}  # more at first
-    snapshots, means = [snapshot(0, classifier_ema, generator, fixed_z)], EpochMeans()
+    snapshots, means = [snapshot(0, networks, fixed_z)], EpochMeans()
     started = time.perf_counter()
 
     for step in tqdm(range(1, num_steps + 1), method, disable=None, leave=False):
@@ -142,6 +178,32 @@ def train(method, x_lab, y_lab, x_data, args, run):
             order = torch.randperm(len(x_data), device=device)
         x_unl = x_data[order[i * BATCH_SIZE:(i + 1) * BATCH_SIZE]]  # (N, 2)
         x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))  # (N, 2)
+        pair_losses = {}
+
+        # ---- good generator: pairs (x, y) real, pairs (G(z, y), y) fake; UGAN, section 3 ----
+        if method in ("triple-gan", "ugan"):
+            y_good = torch.arange(BATCH_SIZE, device=device) % 2  # the classes asked for
+            z = torch.randn(BATCH_SIZE, LATENT_DIM, device=device)
+            x_good = good(with_class(z, y_good))  # (N, 2)
+            with torch.no_grad():
+                y_unl = classifier_ema(x_unl)[0].argmax(dim=1)  # (N,) labels for the data
+                p_unl = classifier(x_unl)[0].softmax(dim=1)  # (N, 2)
+            pair_d.requires_grad_(True)
+            d_lab, d_unl, d_good = pair_d(x_lab), pair_d(x_unl), pair_d(x_good.detach())
+            # -E log of what is right of each pair, with sigmoid d as the probability of "real"
+            loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))
+                         + 0.9 * unlabeled_loss(at(d_unl, y_unl))
+                         + 0.5 * fake_loss(at(d_good, y_good))
+                         + 0.5 * (p_unl * F.softplus(d_unl)).sum(dim=1).mean())
+            opt_pair_d.zero_grad()
+            loss_pair.backward()
+            opt_pair_d.step()
+            pair_d.requires_grad_(False)
+            loss_good = fool_loss(at(pair_d(x_good), y_good))  # -E log sigmoid d_y(G(z, y))
+            opt_good.zero_grad()
+            loss_good.backward()
+            opt_good.step()
+            pair_losses = {"loss/pair": loss_pair, "loss/good": loss_good}
 
         # ---- classifier: labels right, data real, fakes fake ----
         classifier.requires_grad_(True)
@@ -153,44 +215,64 @@ def train(method, x_lab, y_lab, x_data, args, run):
         loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
         loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
         loss_d = LABELED_WEIGHT * loss_lab
-        if method != "supervised":
+        if method not in ("supervised", "triple-gan"):
             loss_d = loss_d + 0.5 * (loss_unl + loss_fake)  # 0.5: the code of Salimans et al.
+        if method in ("triple-gan", "ugan"):  # points made to order, from a quarter of the run on
+            ramp = min(1, max(0, 4 * step / num_steps - 1))
+            loss_made = labeled_loss(classifier(x_good.detach())[0], y_good)
+        if method == "ugan":
+            loss_d = loss_d + LABELED_WEIGHT * ramp * loss_made
+        if method == "triple-gan":  # Li et al. 2017, equation 4: its own pairs shall pass for real
+            loss_pass = (logits_unl.softmax(dim=1) * F.softplus(-pair_d(x_unl))).sum(dim=1).mean()
+            loss_d = loss_lab + ramp * loss_made + 0.005 * loss_pass
         opt_d.zero_grad()
         loss_d.backward()
         opt_d.step()
 
-        # ---- generator, through the new classifier: its aim is what the methods differ in ----
+        # ---- (bad) generator, through the new classifier: its aim is what methods differ in ----
         classifier.requires_grad_(False)
         logits_fake, feat_fake = classifier(x_fake)  # (N, 2), (N, 64)
         if method == "fool":
             loss_g = fool_loss(real_logit(logits_fake))  # -E log D(G(z))
         else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
             loss_g = (feat_unl.detach().mean(dim=0) - feat_fake.mean(dim=0)).square().mean()
-        if method == "complement":  # Dai et al. 2017, section 5
+        if method in ("complement", "ugan"):  # Dai et al. 2017, section 5
             unit = F.normalize(feat_fake, dim=1)
             cosines = (unit @ unit.T).fill_diagonal_(0)  # (N, N)
             # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
             loss_g = loss_g + cosines.square().sum() / (BATCH_SIZE**2 - BATCH_SIZE)
             # low density: E max(log p(G(z)) - threshold, 0)
             loss_g = loss_g + (log_density(x_fake, table) - threshold).relu().mean()
-        if method != "supervised":
+        if method not in ("supervised", "triple-gan"):
             opt_g.zero_grad()
             loss_g.backward()
             opt_g.step()
 
-        # ---- EMA of the classifier; short memory at first ----
+        # ---- EMA of the classifier and the good generator; short memory at first ----
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
-        for ema, now in zip(classifier_ema.parameters(), classifier.parameters()):
-            ema.lerp_(now.detach(), 1 - decay)
+        for average, network in averages:
+            for ema, now in zip(average.parameters(), network.parameters()):
+                ema.lerp_(now.detach(), 1 - decay)
 
         means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
-                          "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                          "monitor/p_real_fake": r_fake.sigmoid().mean()})
+                         "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                         "monitor/p_real_fake": r_fake.sigmoid().mean(), **pair_losses})
         if step in frames:
-            snapshots.append(snapshot(step, classifier_ema, generator, fixed_z))
+            snapshots.append(snapshot(step, networks, fixed_z))
             run.log({"method": method, "step": step, "epoch": -(-step // steps_per_epoch),
                      **means.take(), "seconds": round(time.perf_counter() - started, 2)})
-    return classifier_ema, generator, snapshots
+    return networks, snapshots
+
+
+@torch.no_grad()
+def score_good_generator(good, device):
+    """Of 1000 points made to order: share on the ring asked for, share of 36 angles with one."""
+    y = torch.arange(1000, device=device) % 2
+    points = good(with_class(torch.randn(1000, LATENT_DIM, device=device), y))  # (1000, 2)
+    right = (points.norm(dim=1) - 0.5 * (y + 1)).abs() < RIGHT_RING  # (1000,)
+    angle = ((torch.atan2(points[:, 1], points[:, 0]) / torch.pi + 1) * 18).long().clamp(max=35)
+    covered = len((y * 36 + angle)[right].unique()) / 72  # of both rings
+    return {"right_ring": right.float().mean().item(), "coverage": covered}
 
 
 # ============================================ figures =============================================
@@ -200,21 +282,30 @@ GRID = torch.cartesian_prod(AXIS, AXIS)  # (141 * 141, 2), x varies slowest
 
 
 @torch.no_grad()
-def snapshot(step, classifier, generator, fixed_z):
-    """What a panel shows: step, p(outer | x) on the grid (141, 141), generated points (300, 2)."""
-    p = classifier(GRID.to(fixed_z.device))[0].softmax(dim=1)[:, 1]
-    return step, p.view(len(AXIS), -1).T.cpu(), generator(fixed_z).cpu()
+def snapshot(step, networks, fixed_z):
+    """What a panel shows: step, p(outer | x) on the grid (141, 141), generated points (300, 2).
+
+    Last comes a colour for each point: of the class asked for if there is a good generator.
+    """
+    p = networks["classifier"](GRID.to(fixed_z.device))[0].softmax(dim=1)[:, 1]
+    if "good_generator" in networks:
+        y = torch.arange(len(fixed_z), device=fixed_z.device) % 2
+        points = networks["good_generator"](with_class(fixed_z, y))
+        colors = [COLORS[k] for k in y]
+    else:
+        points, colors = networks["generator"](fixed_z), ["black"] * len(fixed_z)
+    return step, p.view(len(AXIS), -1).T.cpu(), points.cpu(), colors
 
 
 def draw_panel(axes, title, x, y, labeled, shown=None, fakes=True):
     """One panel: points in grey, labeled ones in color, decision regions, generated points."""
     if shown is not None:
-        _, p, generated = shown
+        _, p, generated, colors = shown
         axes.contourf(AXIS, AXIS, p, levels=[0, 0.5, 1], colors=COLORS, alpha=0.3)
         axes.contour(AXIS, AXIS, p, levels=[0.5], colors="black", linewidths=1)
     axes.scatter(*x[:1000].T, s=1.5, color="0.45")  # enough to see the rings
     if shown is not None and fakes:
-        axes.scatter(*generated.T, s=9, color="black", marker="x", linewidths=0.8)
+        axes.scatter(*generated.T, s=9, c=colors, marker="x", linewidths=0.8)
     axes.scatter(*x[labeled].T, s=55, c=[COLORS[k] for k in y[labeled]], edgecolors="black")
     axes.set(xlim=(-1.4, 1.4), ylim=(-1.4, 1.4), xticks=[], yticks=[], aspect="equal")
     axes.set_title(title, fontsize=11)
@@ -223,9 +314,12 @@ def draw_panel(axes, title, x, y, labeled, shown=None, fakes=True):
 @only_warns
 def draw_figures(x, y, labeled, snapshots, accuracy, run):
     """Write rings.png, the end of every method, and rings.gif, the way there."""
-    figure = Figure(figsize=(3 * (1 + len(snapshots)), 3.3), layout="constrained")
-    panels = figure.subplots(1, 1 + len(snapshots))
+    rows, columns = -(-(1 + len(snapshots)) // 4), min(4, 1 + len(snapshots))
+    figure = Figure(figsize=(3 * columns, 3.3 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns).flatten()
     draw_panel(panels[0], f"{len(x)} points, {len(labeled)} labels", x, y, labeled)
+    for axes in panels[1 + len(snapshots):]:
+        axes.axis("off")
     for axes, (method, shots) in zip(panels[1:], snapshots.items()):
         draw_panel(axes, f"{method}: {100 * accuracy[method]:.1f}%", x, y, labeled, shots[-1],
                    fakes=method != "supervised")
@@ -234,8 +328,9 @@ def draw_figures(x, y, labeled, snapshots, accuracy, run):
     frames = []
     for shots in zip(*snapshots.values()):  # one time for all methods
         step = shots[0][0]
-        figure = Figure(figsize=(2.2 * len(shots), 2.6), dpi=80, layout="constrained")
-        panels = figure.subplots(1, len(shots), squeeze=False)[0]
+        rows, columns = -(-len(shots) // 3), min(3, len(shots))
+        figure = Figure(figsize=(2.2 * columns, 2.3 * rows + 0.3), dpi=80, layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flatten()
         figure.suptitle(f"step {step}", fontsize=10)
         for axes, method, shot in zip(panels, snapshots, shots):
             draw_panel(axes, method, x, y, labeled, shot, fakes=method != "supervised")
@@ -267,18 +362,20 @@ def main():
     run = Run(args.out_dir, f"toy_rings__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
 
-    started, accuracy, snapshots, weights = time.perf_counter(), {}, {}, {}
+    started, accuracy, good, snapshots, weights = time.perf_counter(), {}, {}, {}, {}
     for method in methods:
-        classifier, generator, snapshots[method] = train(method, x_lab, y_lab, x_data, args, run)
+        networks, snapshots[method] = train(method, x_lab, y_lab, x_data, args, run)
         # test points are scored here only, once a method; there is nothing to choose between
-        test = evaluate(classifier, [(x_test.to(device), y_test.to(device))], 2)
+        test = evaluate(networks["classifier"], [(x_test.to(device), y_test.to(device))], 2)
         accuracy[method] = test["accuracy"]
-        weights[method] = {"classifier": classifier.state_dict(),
-                           "generator": generator.state_dict()}
+        if "good_generator" in networks:
+            good[method] = score_good_generator(networks["good_generator"], device)
+        weights[method] = {name: network.state_dict() for name, network in networks.items()}
         say(f"{method}: {accuracy[method]:.2%} of {NUM_TEST} test points")
     seconds = time.perf_counter() - started
     run.save("final.pt", weights)
     run.finish(device, script="toy_rings", method=" ".join(methods), accuracy=accuracy,
+               good_generator=good,
                steps=snapshots["supervised"][-1][0], seconds=round(seconds, 1))
     draw_figures(x, y, labeled, snapshots, accuracy, run)
 
