@@ -459,7 +459,8 @@ def test_two_processes_share_the_photos_and_end_with_the_same_weights(pets_runs,
 
 @pytest.mark.parametrize("batch_size, world, words", [
     (15, 2, "--batch-size 15 must be a multiple of the 2 processes"),
-    (18, 9, "9 processes need at least one labeled image each, of the 8")])
+    (6, 2, "--batch-size 6 is too small to choose images of 2 classes from: set it to 8 or more"),
+    (36, 9, "9 processes need at least one labeled image each, of the 8")])
 def test_processes_must_share_a_batch_evenly(batch_size, world, words, pets, capsys):
     args = SimpleNamespace(
         labeled_dir=pets / "labeled", unlabeled_dir=pets / "train", val_dir=pets / "val",
