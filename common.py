@@ -344,7 +344,7 @@ def dali_loader(files, labels, batch_size, image_size, device):
     # The CPU decodes a few photos at once, not a batch of 64: one of full size takes 36 MB at 12
     # megapixels. What it decodes ahead are resized photos.
     at_once = min(len(files), batch_size if on_gpu else math.gcd(batch_size, threads))
-    # With few photos it prepares few ahead, as at the end DALI begins again with the first ones.
+    # With few photos it prepares few ahead: after the last one DALI starts over, for no use.
     ahead = max(1, min(max(2, batch_size // at_once), len(files) // at_once // 8))
 
     @pipeline_def(batch_size=at_once, num_threads=threads,

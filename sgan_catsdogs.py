@@ -68,6 +68,8 @@ def parse_args():
                      help="device to train on; auto takes the GPU if there is one")
     run.add_argument("--out-dir", default="runs", help="folder in which the run's folder is made")
     run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
+    run.add_argument("--demo", action="store_true",
+                     help="draw 2,000 small cartoon pets, and train on them for a few minutes")
     run.add_argument("--resume", metavar="RUN", help="folder of an unfinished run to go on with")
     run.add_argument("--predict", metavar="FOLDER", help="folder of images to label, no training")
     run.add_argument("--checkpoint", metavar="FILE", help="final.pt or best.pt, for --predict")
@@ -101,14 +103,14 @@ def parse_args():
     train.add_argument("--consistency-weight", type=number(float, minimum=0), default=3.0,
                        help="weight of the loss on labels by the EMA classifier; 0 switches it off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
-                       help="strength of augmentation of all images, from 0, none, to 1")
+                       help="strength of augmentation in training, from 0, none, to 1")
     train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.996,
                        help="decay of the averaged classifier, which is scored; 0: no average")
     train.add_argument("--statistics", choices=["unlabeled", "all"], default="unlabeled",
                        help="images that update the running batch-norm statistics")
     train.add_argument("--constant-lr", action="store_true",
                        help="do not let the learning rates fall to 0 over the second half")
-    prepare = parser.add_argument_group("making the four folders (only --demo trains)")
+    prepare = parser.add_argument_group("making the four folders, without training")
     prepare.add_argument("--prepare", metavar="SOURCE",
                          help="draw the four folders from Kaggle's train/ or from PetImages/")
     prepare.add_argument("--download", action="store_true",
@@ -117,8 +119,6 @@ def parse_args():
                          help="labeled images to draw of each class")
     prepare.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
                          help="seed of the draw of labeled images")
-    prepare.add_argument("--demo", action="store_true",
-                         help="draw 2,000 small cartoon pets and train on them for a few minutes")
     args, checkpoint = parser.parse_args(), None
     if args.demo:  # its own defaults. GAN weight 1 is best there, but costs points on photos.
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
@@ -568,7 +568,8 @@ def main():
                 # Few at first, none before TEACHER_START: the labels are only as good as it is.
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
-                y_teacher, picked = torch.zeros(2, len(x_unl), dtype=torch.long, device=device)
+                y_teacher = torch.zeros(len(x_unl), dtype=torch.long, device=device)  # (N,)
+                picked = torch.zeros_like(y_teacher, dtype=torch.bool)  # (N,) no label counts yet
                 if args.consistency_weight and per_class > 0:
                     with torch.no_grad(), autocast:
                         logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)

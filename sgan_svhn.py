@@ -82,7 +82,7 @@ def parse_args():
     train.add_argument("--consistency-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the loss on labels by the EMA classifier; 0 switches it off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
-                       help="strength of augmentation of all images, from 0, none, to 1")
+                       help="strength of augmentation in training, from 0, none, to 1")
     train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.99,
                        help="decay of the averaged classifier, which is scored; 0: no average")
     return parser.parse_args()
