@@ -174,13 +174,17 @@ def test_download_unpacks_all_or_nothing(pets, capsys):
     archive = Path("data/kagglecatsanddogs_5340.zip")
     archive.parent.mkdir()
     photos = sorted((pets / "test").rglob("*.jpg"))
-    with zipfile.ZipFile(archive, "w") as packed:
+    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in photos:
             packed.write(path, Path("PetImages") / path.relative_to(pets / "test"))
     whole = archive.read_bytes()
-    archive.write_bytes(whole[:len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7:])
-    assert "--download could not" in refusal(capsys, "sgan_catsdogs", "--download")
-    assert os.listdir("data") == [archive.name]
+    start = whole.index(b".jpg") + 4  # of the first file's compressed bytes
+    invalid = b"\x07"  # a kind of block that there is not
+    for damaged in (whole[:start] + invalid + whole[start + 1:], whole[:-3000],
+                    whole[:len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7:]):
+        archive.write_bytes(damaged)
+        assert "--download could not" in refusal(capsys, "sgan_catsdogs", "--download")
+        assert os.listdir("data") == [archive.name]
     archive.write_bytes(whole)
     assert "class cat" in refusal(capsys, "sgan_catsdogs", "--download")
     unpacked = sorted(Path("data/PetImages").rglob("*.jpg"))
