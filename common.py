@@ -269,8 +269,7 @@ def classes_of(images, folder, flag: str, at_least=1) -> list:
         classes = [re.sub(r"[\s._-]*(\d+|\(\d+\))$", "", path.stem) for path in images]
     if "" in classes:
         path = images[classes.index("")]
-        die(f"{path} has no class: put it in a subfolder, or begin its name "
-            "with the class")
+        die(f"{path} has no class: put it in a subfolder, or begin its name with the class")
     if len(set(classes)) < at_least:
         die(f"{flag} {folder} holds one class only ({classes[0]}): at least two are needed; name "
             "the folder right above their subfolders, or that of files like cat.0.jpg, dog.0.jpg")
@@ -302,15 +301,18 @@ def check_labeled(folder, flag: str, class_names=None):
     return images, [class_names.index(c) for c in classes], class_names, unusable
 
 
-def same_bytes(files, others) -> dict:
-    """{file: one of the other files, of the same bytes}; files without such a copy are left out."""
+def same_bytes(files, others, counts=lambda path, other: True) -> dict:
+    """{file: one of the other files, of the same bytes}; files without such a copy are left out.
+
+    counts(file, other) tells which pairs are looked at. A file is read once, if at all.
+    """
     digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
     by_size, copies = {}, {}
     for path in others:
         by_size.setdefault(path.stat().st_size, []).append(path)
     for path in files:
         for other in by_size.get(path.stat().st_size, []):
-            if digest(other) == digest(path):
+            if counts(path, other) and digest(other) == digest(path):
                 copies[path] = other
                 break
     return copies
@@ -551,10 +553,15 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
 
 
+def as_json(values: dict) -> str:
+    """A dictionary as JSON; what JSON does not know, such as a path, becomes its text."""
+    return json.dumps(values, indent=2, default=str) + "\n"
+
+
 def write_json(path, values: dict):
-    """Write a dictionary as JSON; what JSON does not know, such as a path, becomes its text."""
+    """Write a dictionary as JSON, whole or not at all."""
     with atomic(path) as tmp:
-        tmp.write_text(json.dumps(values, indent=2, default=str) + "\n")
+        tmp.write_text(as_json(values))
 
 
 class Run:
@@ -643,7 +650,7 @@ class Run:
                    "torch": torch.__version__}
         results = {key: None if value != value else value for key, value in results.items()}  # NaN
         with self.writing("results.json") as tmp:
-            write_json(tmp, results)
+            tmp.write_text(as_json(results))
         say(f"written to {self.dir}")
         say("RESULT", json.dumps(results, default=str))
 

@@ -174,11 +174,9 @@ def read_folders(args, device, rank, world):
         die(f"{world} processes need at least one labeled image each, of the "
             f"{min(LABELED_BATCH, len(lab_files))} in a step")
     leaks = same_bytes(val_files + test_files, lab_files + unl_files)
-    conflicts, label_of = {}, dict(zip(lab_files + val_files + test_files,
-                                       lab_labels + val_labels + test_labels))
-    for k in range(len(class_names)):
-        conflicts |= same_bytes([path for path, label in label_of.items() if label == k],
-                                [path for path, label in label_of.items() if label != k])
+    label_of = dict(zip(lab_files + val_files + test_files, lab_labels + val_labels + test_labels))
+    conflicts = same_bytes(label_of, label_of,
+                           counts=lambda path, other: label_of[path] != label_of[other])
     if rank == 0:
         say(f"{device}: {len(lab_files)} labeled images, {len(unl_files)} unlabeled, "
             f"{len(val_files)} validation, {len(test_files)} test")
@@ -472,6 +470,7 @@ def main():
     torch.manual_seed(args.seed)
     photos, class_names, attention = read_folders(args, device, rank, world)
     labeled, unlabeled, val, test = photos
+    unusable, leaks, _ = attention
     x_labeled, y_labeled = labeled.images, labeled.labels  # (n, 3, S, S) uint8, (n,)
     num_classes, num_labeled = len(class_names), len(x_labeled)
     method = "supervised" if args.supervised_only else "sgan"
@@ -673,8 +672,8 @@ def main():
     run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
                split_seed=split_seed, steps=total_steps, seconds=run.rows[-1]["seconds"],
                val_accuracy=run.rows[-1]["val_accuracy_ema"], test_accuracy=scores["accuracy"],
-               test_accuracy_best_val=scores_best["accuracy"], left_out=len(attention[0]),
-               leaks=len(attention[1]))
+               test_accuracy_best_val=scores_best["accuracy"], left_out=len(unusable),
+               leaks=len(leaks))
     plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
     predicted = scores["predicted"]
     plot_predictions(test.labels[:len(predicted)].cpu(), predicted, class_names,

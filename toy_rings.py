@@ -154,9 +154,11 @@ def train(method, x_lab, y_lab, x_data, args, run):
     fixed_z = torch.randn(300, LATENT_DIM, device=device)
     table = log_density_table(x_data)
     threshold = log_density(x_data, table).quantile(LOW_DENSITY)
+    has_bad = method not in ("supervised", "triple-gan")  # a generator as in the other GANs
+    has_good = method in ("triple-gan", "ugan")  # one that draws points of a class to order
     networks = {"classifier": classifier_ema, "generator": generator}
     averages = [(classifier_ema, classifier)]
-    if method in ("triple-gan", "ugan"):  # only then, so that the others keep their random numbers
+    if has_good:  # only then, so that the others keep their random numbers
         pair_d = make_pair_discriminator().to(device)
         good = make_generator(LATENT_DIM + 2).to(device)
         good_ema = deepcopy(good).requires_grad_(False)
@@ -180,8 +182,8 @@ def train(method, x_lab, y_lab, x_data, args, run):
         x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))  # (N, 2)
         pair_losses = {}
 
-        # ---- good generator: pairs (x, y) real, pairs (G(z, y), y) fake; UGAN, section 3 ----
-        if method in ("triple-gan", "ugan"):
+        # ---- good generator: pairs (x, y) real, pairs (G(z, y), y) fake; Li et al. 2017 ----
+        if has_good:
             y_good = torch.arange(BATCH_SIZE, device=device) % 2  # the classes asked for
             z = torch.randn(BATCH_SIZE, LATENT_DIM, device=device)
             x_good = good(with_class(z, y_good))  # (N, 2)
@@ -191,9 +193,10 @@ def train(method, x_lab, y_lab, x_data, args, run):
             pair_d.requires_grad_(True)
             d_lab, d_unl, d_good = pair_d(x_lab), pair_d(x_unl), pair_d(x_good.detach())
             # -E log of what is right of each pair, with sigmoid d as the probability of "real"
-            loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))
-                         + 0.9 * unlabeled_loss(at(d_unl, y_unl))
-                         + 0.5 * fake_loss(at(d_good, y_good))
+            loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled points
+                         + 0.9 * unlabeled_loss(at(d_unl, y_unl))  # real: points the EMA labels
+                         + 0.5 * fake_loss(at(d_good, y_good))  # fake: points made to order
+                         # fake: points with labels drawn from the classifier's p(y | x)
                          + 0.5 * (p_unl * F.softplus(d_unl)).sum(dim=1).mean())
             opt_pair_d.zero_grad()
             loss_pair.backward()
@@ -215,14 +218,14 @@ def train(method, x_lab, y_lab, x_data, args, run):
         loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
         loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
         loss_d = LABELED_WEIGHT * loss_lab
-        if method not in ("supervised", "triple-gan"):
+        if has_bad:
             loss_d = loss_d + 0.5 * (loss_unl + loss_fake)  # 0.5: the code of Salimans et al.
-        if method in ("triple-gan", "ugan"):  # points made to order, from a quarter of the run on
+        if has_good:  # points made to order, from a quarter of the run on
             ramp = min(1, max(0, 4 * step / num_steps - 1))
             loss_made = labeled_loss(classifier(x_good.detach())[0], y_good)
         if method == "ugan":
             loss_d = loss_d + LABELED_WEIGHT * ramp * loss_made
-        if method == "triple-gan":  # Li et al. 2017, equation 4: its own pairs shall pass for real
+        if method == "triple-gan":  # Li et al. 2017: its own pairs shall pass for real
             loss_pass = (logits_unl.softmax(dim=1) * F.softplus(-pair_d(x_unl))).sum(dim=1).mean()
             loss_d = loss_lab + ramp * loss_made + 0.005 * loss_pass
         opt_d.zero_grad()
@@ -243,7 +246,7 @@ def train(method, x_lab, y_lab, x_data, args, run):
             loss_g = loss_g + cosines.square().sum() / (BATCH_SIZE**2 - BATCH_SIZE)
             # low density: E max(log p(G(z)) - threshold, 0)
             loss_g = loss_g + (log_density(x_fake, table) - threshold).relu().mean()
-        if method not in ("supervised", "triple-gan"):
+        if has_bad:
             opt_g.zero_grad()
             loss_g.backward()
             opt_g.step()

@@ -103,6 +103,15 @@ def picture(mode="RGB", size=(300, 220), seed=0):
     return Image.fromarray(noise).resize(size, Image.Resampling.BICUBIC).convert(mode)
 
 
+def save(image, cut=None, **options):
+    """A function of a path that saves the image there, cut off after a share of its bytes."""
+    def write(path):
+        image.save(path, **options)
+        if cut:
+            cut_off(path, cut)
+    return write
+
+
 def flatten(state, name=""):
     """Nested dictionaries of a checkpoint as one, name -> tensor or value."""
     if not isinstance(state, dict):

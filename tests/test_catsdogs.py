@@ -20,17 +20,9 @@ from torchvision.models.resnet import ResNet18_Weights, resnet18
 import sgan_catsdogs
 from common import dali_loader, same_bytes, why_unusable
 from tests.conftest import (CPU, PETS, ROOT, call_main, cut_off, new_classifier, photo_folders,
-                            picture, read_csv, read_part, refusal, same_bits, train, untimed)
+                            picture, read_csv, read_part, refusal, same_bits, save, train, untimed)
 
 # ========================================= image files ============================================
-
-
-def save(image, cut=None, **options):
-    def write(path):
-        image.save(path, **options)
-        if cut:
-            cut_off(path, cut)
-    return write
 
 
 def link(path):

@@ -30,7 +30,7 @@ def assert_refused(mnist, svhn, pets, capsys):
 
 BELOW_ZERO, NOT_ABOVE = [-1, "nan"], [0, -1, "nan"]
 BAD_NUMBERS = {
-    "--seed": [-1, 2**63, 1.5], "--split-seed": [-1, 2**63], "--epochs": [0, -3, "many"],
+    "--seed": [-1, 2**63, 2**64, 1.5], "--split-seed": [-1, 2**63], "--epochs": [0, -3, "many"],
     "--batch-size": [1, 0, -1], "--lr": NOT_ABOVE, "--gan-weight": BELOW_ZERO,
     "--consistency-weight": BELOW_ZERO, "--augmentation": [-0.1, 1.5, "nan"],
     "--ema-decay": [-0.1, 1, "nan"]}
@@ -39,7 +39,7 @@ OWN_NUMBERS = [*((name, "--warmup-steps", [-1]) for name in DIGITS),
                ("sgan_catsdogs", "--image-size", [0, -32, 31]),
                ("sgan_catsdogs", "--lr-generator", NOT_ABOVE),
                ("sgan_catsdogs", "--labels-per-class", [0]),
-               ("toy_rings", "--epochs", [0]), ("toy_rings", "--seed", [-1])]
+               ("toy_rings", "--epochs", [0]), ("toy_rings", "--seed", [-1, 2**63, 2**64])]
 
 
 @pytest.mark.parametrize("name, flag, values", [
