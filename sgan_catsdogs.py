@@ -2,9 +2,9 @@
 
 A ResNet is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits are
 also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x). It tells photos from the images of a
-DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). The moving average (EMA) of the
-classifier labels the photos that it is surest of, equally many of each class. The classifier learns
-these labels too.
+DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). Two more terms use the photos
+without labels. The classifier also tells by how many quarters a photo was turned. And its moving
+average (EMA) labels the photos that it is surest of, which the classifier learns too.
 
     python sgan_catsdogs.py --demo                          # cartoon pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
@@ -50,6 +50,7 @@ from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2
+D_TARGET = 0.7  # mean D(x) on photos above which the GAN's photos and fakes are augmented more
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
@@ -98,8 +99,10 @@ def parse_args():
                        help="form of the real/fake logit, see Classifier")
     train.add_argument("--generator-loss", choices=["both", "fool", "feature-matching"],
                        default="both", help="pass for real, match mean features, or both")
-    train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.3,
+    train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+    train.add_argument("--rotation-weight", type=number(float, minimum=0), default=1.0,
+                       help="weight of the loss on turned photos; 0 switches it off")
     train.add_argument("--consistency-weight", type=number(float, minimum=0), default=3.0,
                        help="weight of the loss on labels by the EMA classifier; 0 switches it off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
@@ -120,10 +123,10 @@ def parse_args():
     prepare.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
                          help="seed of the draw of labeled images")
     args, checkpoint = parser.parse_args(), None
-    if args.demo:  # its own defaults. GAN weight 1 is best there, but costs points on photos.
+    if args.demo:  # its own defaults
         parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
                             val_dir="data/demo/val", test_dir="data/demo/test",
-                            image_size=32, epochs=16, batch_size=32, gan_weight=1.0)
+                            image_size=32, epochs=16, batch_size=32)
         args = parser.parse_args()
     if args.resume:  # the run's own flags become the defaults; any given must agree with them
         checkpoint = load_checkpoint(Path(args.resume, "last.pt"), "--resume", ["args", "step"])
@@ -300,6 +303,7 @@ class Classifier(nn.Module):
             self.resnet.maxpool = nn.Identity()
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(512, num_classes)
+        self.turn_head = nn.Linear(512, 4)  # of the features: by how many quarters x was turned
         self.real_logit_form, self.imagenet_inputs = real_logit_form, imagenet_inputs
         if real_logit_form == "fake-class":
             self.extra = nn.Linear(512, 1)
@@ -351,6 +355,13 @@ def surest_of_each_class(logits, per_class):
     p_picked = torch.zeros_like(p).scatter_(0, surest.indices, surest.values)  # (N, K)
     p_label, label = p_picked.max(dim=1)
     return label, p_label > 0
+
+
+def turn(x):
+    """Turn images by 0, 90, 180, 270, 0, ... degrees: (N, 3, S, S) -> the same, quarters (N,)."""
+    quarters = torch.arange(len(x), device=x.device) % 4
+    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
+    return turned[quarters, torch.arange(len(x), device=x.device)], quarters
 
 
 def start_processes(device_name):
@@ -494,10 +505,11 @@ def main():
     # ---- the run's folder, and where a run that goes on was left ----
     parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
              "opt_d": opt_d, "opt_g": opt_g}
-    state = {"step": 0, "best_val": -1.0, "seconds": 0.0, "rows": []}
+    state = {"step": 0, "best_val": -1.0, "gan_strength": 0.5, "seconds": 0.0, "rows": []}
     if args.resume:
         state = restore(checkpoint, parts, photos, args.resume)
     step, best_val = state["step"], state["best_val"]
+    gan_strength = state["gan_strength"]  # of the augmentation of the GAN's photos and fakes
     started -= state["seconds"]
     split_seed = recorded_split_seed(args.labeled_dir, num_labeled)
     if rank == 0:
@@ -513,13 +525,15 @@ def main():
     labeled_batch = min(LABELED_BATCH, num_labeled) // world  # images of this process in a step
     unlabeled_batch = args.batch_size // world
     fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE)  # 2: batch norm needs a variance
+    if not args.gan_weight:
+        fake_batch = 2
     if rank:  # from here on each process has random numbers of its own
         torch.manual_seed(args.seed + rank + step)
     signals = stop_signals() if world == 1 else []
 
     def save_state():  # all that --resume needs
         run.save("last.pt", {"args": run.config, "files": photo_sizes, "step": step,
-                             "best_val": best_val, "rows": run.rows,
+                             "best_val": best_val, "gan_strength": gan_strength, "rows": run.rows,
                              "seconds": time.perf_counter() - started, **random_states(),
                              **{name: part.state_dict() for name, part in parts.items()}})
 
@@ -543,12 +557,11 @@ def main():
                 opt.param_groups[0]["lr"] = lr * falling
             step += 1
             chosen = torch.randperm(len(x_labeled), device=device)[:labeled_batch]
-            x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 3, S, S)
-            y_lab = y_labeled[chosen]  # (n,)
+            x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
 
             if args.supervised_only:
                 with autocast:
-                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                    logits_lab, _, _ = classifier(augment(x_lab, args.augmentation))  # (n, K)
                 loss_lab = labeled_loss(logits_lab, y_lab)
                 opt_d.zero_grad()
                 loss_lab.backward()
@@ -561,7 +574,8 @@ def main():
                 z = torch.randn(fake_batch, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                x_fake = augment(x_fake.float(), args.augmentation)  # (M, 3, S, S), both updates
+                strength = gan_strength * args.augmentation
+                x_fake = augment(x_fake.float(), strength)  # (M, 3, S, S), for both updates
 
                 # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
                 # Few at first, none before TEACHER_START: the labels are only as good as it is.
@@ -574,31 +588,44 @@ def main():
                         logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
                     y_teacher, picked = surest_of_each_class(logits_teacher, per_class)  # (N,)
 
-                # ---- classifier: labels right, photos real, fakes fake ----
-                # Each kind of image has a pass of its own, as batch norm would mix them. Only
-                # unlabeled photos update the running statistics: fakes are not evaluated, and the
-                # labeled photos are few.
+                # ---- classifier: labels right, photos real, fakes fake, turns told ----
+                # Each kind of image has a pass of its own, as batch norm would mix them. Only the
+                # unlabeled photos update the running statistics: fakes and turned photos are not
+                # evaluated, and the labeled photos are few.
                 frozen = args.statistics == "unlabeled"
                 classifier.requires_grad_(True)
+                # what has a label, augmented more than what the teacher saw: (n + picked, 3, S, S)
+                x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
+                x_gan = augment(x_unl, strength)  # (N, 3, S, S)
+                x_turned, quarters = turn(x_gan[::2])  # (N/2, 3, S, S), (N/2,)
                 with autocast:
                     with frozen_statistics(classifier, frozen):
-                        logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                        logits_taught, _, _ = classifier(x_taught)  # (n + picked, K)
                         _, _, r_fake = classifier(x_fake.detach())  # (M,)
-                    x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
-                    logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 512), (N,)
+                        _, feat_turned, _ = classifier(x_turned)  # (N/2, 512)
+                        logits_turned = classifier.turn_head(feat_turned)  # (N/2, 4)
+                    _, feat_unl, r_unl = classifier(x_gan)  # (N, 512), (N,)
+                logits_lab, logits_picked = logits_taught.tensor_split([len(x_lab)])
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
+                # -E log p(turn | turned x), as in the discriminator of Chen et al. 2019
+                # (arXiv:1811.11212, section 3), whose generator has such a loss too
+                loss_turn = labeled_loss(logits_turned, quarters)
                 # -E [x is picked] log p(teacher's label | augmented x)
-                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
-                            * picked).mean()
+                loss_con = F.cross_entropy(logits_picked.float(), y_teacher[picked],
+                                           reduction="sum") / len(x_unl)
                 # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                          + args.consistency_weight * loss_con)
+                          + args.rotation_weight * loss_turn + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
                 loss_d.backward()
                 average_gradients(classifier)
                 opt_d.step()
+                # A discriminator that knows its photos by heart teaches no more. So a D that is too
+                # sure gets them changed more (Karras et al. 2020, arXiv:2006.06676, section 3).
+                p_real = r_unl.detach().sigmoid().mean()
+                gan_strength = min(1.0, max(0.5, gan_strength + 0.01 * (p_real.item() - D_TARGET)))
 
                 # ---- generator, through the updated classifier; feat_unl is from before ----
                 classifier.requires_grad_(False)
@@ -617,8 +644,10 @@ def main():
 
                 means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
                                  "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
-                                 "loss/con": loss_con, "monitor/picked": picked.float().mean(),
-                                 "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                                 "loss/turn": loss_turn, "loss/con": loss_con,
+                                 "monitor/picked": picked.float().mean(),
+                                 "monitor/strength": torch.tensor(gan_strength, device=device),
+                                 "monitor/p_real_unl": p_real,
                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
             # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----

@@ -1,4 +1,4 @@
-"""Inside the training step: which images pass, which losses move which network, and by how much.
+"""Inside the steps of SVHN and photos: what passes, which losses move what, and by how much.
 
 Training runs are watched through torch's global hooks; nothing in the scripts is replaced.
 frozen_statistics, surest_of_each_class, networks and augment are called on their own below.
@@ -7,6 +7,7 @@ frozen_statistics, surest_of_each_class, networks and augment are called on thei
 import importlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,33 +16,33 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                    register_optimizer_step_pre_hook)
 
 from common import balanced_split
-from tests.conftest import (DIGITS, SCRIPTS, new_classifier, photo_folders, read_csv, read_part,
+from tests.conftest import (SCRIPTS, new_classifier, photo_folders, read_csv, read_part,
                             same_bits, train)
 
 # ==================================== runs of two steps an epoch ==================================
 
-GAN_WEIGHT, CONSISTENCY_WEIGHT = 0.7, 0.4
-DIGIT_KINDS = {10: "labeled", 160: "unlabeled", 50: "fake"}  # by how many there are in a step
-PHOTO_KINDS = {8: "labeled", 20: "unlabeled", 10: "fake"}
+GAN_WEIGHT, CONSISTENCY_WEIGHT, ROTATION_WEIGHT = 0.7, 0.4, 0.6
+STEPPED = ["sgan_svhn", "sgan_catsdogs"]  # test_mnist.py looks into the steps of MNIST
+DIGIT_PASSES = ["labeled", "fake", "unlabeled", "generator"]  # of the classifier, in their order
+PHOTO_PASSES = ["labeled", "fake", "turned", "unlabeled", "generator"]  # picked are with labeled
 
 
 @pytest.fixture(scope="session")
-def few_steps(mnist, svhn, pets):
-    """Of each script: flags for epochs of two steps, labeled images and labels, unlabeled images.
+def few_steps(svhn, pets):
+    """Of both scripts: flags for epochs of two steps, labeled images and labels, unlabeled images.
     """
     weights = ["--gan-weight", GAN_WEIGHT, "--consistency-weight", CONSISTENCY_WEIGHT]
-    found = {"sgan_catsdogs": SimpleNamespace(
-        flags=["--device", "cpu", *weights, *photo_folders(pets), "--image-size", 32,
-               "--batch-size", 20, "--epochs", 3],
-        labeled=read_part(pets, "labeled"), unlabeled=read_part(pets, "train")[0])}
-    for name, root in (("sgan_mnist", mnist), ("sgan_svhn", svhn)):
-        x, y = read_part(root, "train")
-        labeled, _, others = balanced_split(y, 10, (len(y) - 10) // 2, 10, seed=0)
-        found[name] = SimpleNamespace(
-            flags=["--device", "cpu", *weights, "--data-dir", root, "--num-labeled", 10,
-                   "--batch-size", 160, "--epochs", 1, "--warmup-steps", 0],
-            labeled=(x[labeled], y[labeled]), unlabeled=x[torch.cat([labeled, others])])
-    return found
+    photos = SimpleNamespace(
+        flags=["--device", "cpu", *weights, "--rotation-weight", ROTATION_WEIGHT,
+               *photo_folders(pets), "--image-size", 32, "--batch-size", 20, "--epochs", 3],
+        labeled=read_part(pets, "labeled"), unlabeled=read_part(pets, "train")[0])
+    x, y = read_part(svhn, "train")
+    labeled, _, others = balanced_split(y, 10, (len(y) - 10) // 2, 10, seed=0)
+    digits = SimpleNamespace(
+        flags=["--device", "cpu", *weights, "--data-dir", svhn, "--num-labeled", 10,
+               "--batch-size", 160, "--epochs", 1, "--warmup-steps", 0],
+        labeled=(x[labeled], y[labeled]), unlabeled=x[torch.cat([labeled, others])])
+    return {"sgan_svhn": digits, "sgan_catsdogs": photos}
 
 
 def copied(tensors):
@@ -65,14 +66,15 @@ def watch(name, flags, out_dir="runs"):
 
     passes: {kind of images: a forward pass of the classifier in training mode}. Those of kind
     "generator" are fakes through which a gradient goes back. A pass holds its input, its outputs,
-    N times the gradients that come back to logits and r, and the names of the running statistics
-    that it moves. It also holds the generator's latest images and the teacher's latest pass.
+    N times the gradients that come back to them, and the names of the running statistics that it
+    moves. It also holds the generator's latest images, the teacher's latest pass, and the weights
+    that tell turns.
     updates: {network: its update}. An update holds its learning rate. For each network it holds the
     weights that it moves, and the gradients that are not those of the update before.
     state: the classifier's after the step.
     """
     script, networks, steps = importlib.import_module(name), {}, []
-    kinds, latest = PHOTO_KINDS if name == "sgan_catsdogs" else DIGIT_KINDS, SimpleNamespace()
+    order, latest = PHOTO_PASSES if name == "sgan_catsdogs" else DIGIT_PASSES, SimpleNamespace()
 
     def before_forward(module, inputs):
         if module.training and isinstance(module, (script.Classifier, script.Generator)):
@@ -89,16 +91,19 @@ def watch(name, flags, out_dir="runs"):
             latest.teacher = SimpleNamespace(x=inputs[0], p=outputs[0].float().softmax(dim=1))
         elif isinstance(module, script.Classifier):
             logits, features, r = outputs
-            kind = "generator" if inputs[0].requires_grad else kinds[len(logits)]
-            if not steps or kind in steps[-1].passes:
+            if not inputs[0].requires_grad and (not steps or steps[-1].updates):
                 steps.append(SimpleNamespace(passes={}, updates={}))
+            kind = order[len(steps[-1].passes)]
             moved = changed(module.buffers_before, dict(module.named_buffers()))
             seen = steps[-1].passes[kind] = SimpleNamespace(
                 x=inputs[0].detach(), logits=logits.detach().double(),
                 features=features.detach().double(), r=r.detach().double(),
-                moved={n for n in moved if "num_batches" not in n}, **vars(latest))
-            logits.register_hook(lambda grad: setattr(seen, "grad", len(grad) * grad.double()))
-            r.register_hook(lambda grad: setattr(seen, "grad_r", len(grad) * grad.double()))
+                moved={n for n in moved if "num_batches" not in n}, **vars(latest),
+                turn_head=[p.detach().double().clone() for n, p in module.named_parameters()
+                           if n.startswith("turn_head")])
+            for name, output in zip(("grad", "grad_features", "grad_r"), outputs):
+                output.register_hook(lambda grad, name=name: setattr(
+                    seen, name, len(grad) * grad.double()))
 
     def before_update(optimizer, args, kwargs):
         weight = optimizer.param_groups[0]["params"][0]
@@ -134,7 +139,7 @@ def watch(name, flags, out_dir="runs"):
 WARM_UP = 30  # steps after which the teacher is sure of some digits
 
 
-@pytest.fixture(scope="session", params=SCRIPTS)
+@pytest.fixture(scope="session", params=STEPPED)
 def watched(request, few_steps, tmp_path_factory):
     """Six steps of photos, of digits two after the warm-up; images stay as they are in the files.
     """
@@ -145,14 +150,14 @@ def watched(request, few_steps, tmp_path_factory):
     seen = watch(request.param, [*data.flags, *flags], tmp_path_factory.mktemp("watched") / "runs")
     seen.data = data
     seen.warm_up, seen.gan_steps = ((seen.steps[:WARM_UP], seen.steps[WARM_UP:])
-                                    if request.param in DIGITS else ([], seen.steps))
+                                    if request.param == "sgan_svhn" else ([], seen.steps))
     return seen
 
 
 def find(images, known):
     """The index in known of each image, which is there up to rounding."""
     distance, index = torch.cdist(images.double().flatten(1), known.double().flatten(1)).min(dim=1)
-    assert distance.max() < 0.01
+    assert (distance < 0.01).all()
     return index
 
 
@@ -160,19 +165,26 @@ def test_steps_pass_labeled_unlabeled_and_fake_images_apart(watched):
     for step in watched.warm_up:
         assert list(step.passes) == ["labeled"] and list(step.updates) == ["Classifier"]
     seen = []
-    for step in watched.gan_steps:
-        assert sorted(step.passes) == ["fake", "generator", "labeled", "unlabeled"]
-        assert list(step.passes)[-1] == "generator"
+    photos = watched.name == "sgan_catsdogs"
+    for n, step in enumerate(watched.gan_steps):
+        assert list(step.passes) == (PHOTO_PASSES if photos else DIGIT_PASSES)
         assert list(step.updates) == ["Classifier", "Generator"]
         for kind in ("fake", "generator"):
             torch.testing.assert_close(step.passes[kind].x, step.passes["fake"].fakes.float(),
                                        rtol=0, atol=1e-4)
         seen.append(find(step.passes["unlabeled"].x, watched.data.unlabeled))
+        if photos:  # those picked are taught as well, and every other one is turned
+            picked = taught(watched, n).sum(dim=1) > 0
+            assert find(step.passes["labeled"].x[8:], watched.data.unlabeled).equal(
+                seen[-1][picked])
+            for k, x in enumerate(step.passes["turned"].x):
+                upright = step.passes["unlabeled"].x[2 * k].permute(1, 2, 0).numpy()
+                assert np.array_equal(x.permute(1, 2, 0).numpy(), np.rot90(upright, k % 4))
     for one, other in zip(seen[::2], seen[1::2]):  # no image twice in an epoch
         assert len(torch.cat([one, other]).unique()) == 2 * len(one)
     for step in watched.steps:
-        assert len(find(step.passes["labeled"].x, watched.data.labeled[0]).unique()) == len(
-            watched.data.labeled[1])
+        labeled = step.passes["labeled"].x[:len(watched.data.labeled[1])]
+        assert len(find(labeled, watched.data.labeled[0]).unique()) == len(labeled)
 
 
 def statistics_of(classifier):
@@ -248,18 +260,33 @@ def real_gradient(seen, target):
 
 
 def test_classifier_minimises_the_losses_with_their_weights(watched):
-    for n, step in enumerate([*watched.gan_steps, *watched.warm_up]):
+    nothing = [None] * len(watched.warm_up)
+    steps = [*watched.gan_steps, *watched.warm_up]
+    labels = [*(taught(watched, n) for n in range(len(watched.gan_steps))), *nothing]
+    for step, label in zip(steps, labels, strict=True):
         for kind, seen in step.passes.items():
             p = seen.logits.softmax(dim=1)
-            if kind == "labeled":
-                y = watched.data.labeled[1][find(seen.x, watched.data.labeled[0])]
-                expected = p - F.one_hot(y, p.shape[1])
+            if kind == "labeled":  # on photos those picked come after the labeled ones
+                count = len(watched.data.labeled[1])
+                y = watched.data.labeled[1][find(seen.x[:count], watched.data.labeled[0])]
+                target, share = F.one_hot(y, p.shape[1]), torch.full((count, 1), len(p) / count)
+                if len(p) > count:
+                    target = torch.cat([target, label[label.sum(dim=1) > 0]])
+                    weight = CONSISTENCY_WEIGHT * len(p) / len(label)
+                    share = torch.cat([share, torch.full((len(p) - count, 1), weight)])
+                expected = share * (p - target)
+            elif kind == "turned":
+                weight, bias = seen.turn_head
+                p = (seen.features @ weight.T + bias).softmax(dim=1)
+                expected = ROTATION_WEIGHT * (p - F.one_hot(torch.arange(len(p)) % 4)) @ weight
+                torch.testing.assert_close(seen.grad_features, expected, rtol=0.05, atol=1e-3)
+                continue
             elif kind == "fake":
                 expected = GAN_WEIGHT * 0.5 * real_gradient(seen, 0)
             elif kind == "unlabeled":
-                label = taught(watched, n)
-                expected = (GAN_WEIGHT * 0.5 * real_gradient(seen, 1)
-                            + CONSISTENCY_WEIGHT * (label.sum(dim=1, keepdim=True) * p - label))
+                expected = GAN_WEIGHT * 0.5 * real_gradient(seen, 1)
+                if watched.name == "sgan_svhn":
+                    expected += CONSISTENCY_WEIGHT * (label.sum(dim=1, keepdim=True) * p - label)
             else:
                 continue
             # the logits and their gradient may be bfloat16, of 8 bits
@@ -267,16 +294,17 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
 
 
 def test_logged_losses_are_those_of_the_outputs(watched):
-    logged = []
-    for n in (-2, -1):  # the two steps of the last epoch
+    logged, strength = [], 0.5
+    for n in range(-len(watched.gan_steps), 0):
         labeled, unlabeled, fake, generator = (watched.gan_steps[n].passes[kind] for kind in (
             "labeled", "unlabeled", "fake", "generator"))
-        y = watched.data.labeled[1][find(labeled.x, watched.data.labeled[0])]
+        count = len(watched.data.labeled[1])
+        y = watched.data.labeled[1][find(labeled.x[:count], watched.data.labeled[0])]
         gap = unlabeled.features.mean(dim=0) - generator.features.mean(dim=0)
         z_unl, z_fake, z_gen = (seen.logits.exp().sum(dim=1)
                                 for seen in (unlabeled, fake, generator))
         label = taught(watched, n % len(watched.gan_steps))
-        values = {"loss/lab": -labeled.logits.log_softmax(dim=1)[range(len(y)), y].mean(),
+        values = {"loss/lab": -labeled.logits.log_softmax(dim=1)[range(count), y].mean(),
                   "loss/unl": (1 / z_unl).log1p().mean(), "loss/fake": z_fake.log1p().mean(),
                   "loss/g": gap.square().mean(),
                   "loss/con": -(label * unlabeled.logits.log_softmax(dim=1)).sum(dim=1).mean(),
@@ -284,9 +312,18 @@ def test_logged_losses_are_those_of_the_outputs(watched):
                   "monitor/p_real_unl": (z_unl / (1 + z_unl)).mean(),
                   "monitor/p_real_fake": (z_fake / (1 + z_fake)).mean()}
         if watched.name == "sgan_catsdogs":
-            values["loss/fm"] = values["loss/g"]
-            values["loss/g"] = values["loss/fm"] + (1 / z_gen).log1p().mean()
+            turned, told = watched.gan_steps[n].passes["turned"], labeled.logits[count:]
+            weight, bias = turned.turn_head
+            told_turns = (turned.features @ weight.T + bias).log_softmax(dim=1)
+            strength = min(1, max(0.5, strength + 0.01 * (values["monitor/p_real_unl"] - 0.7)))
+            values |= {"loss/fm": values["loss/g"],
+                       "loss/g": values["loss/g"] + (1 / z_gen).log1p().mean(),
+                       "loss/turn": -told_turns[range(10), torch.arange(10) % 4].mean(),
+                       "loss/con": -(label[label.sum(dim=1) > 0] * told.log_softmax(dim=1)
+                                     ).sum() / len(label),
+                       "monitor/strength": torch.as_tensor(strength)}
         logged.append(values)
+    logged = logged[-2:]  # of the last epoch
     assert set(logged[0]) == {name for name in watched.row if "/" in name}
     for name in logged[0]:
         mean = sum(values[name].item() for values in logged) / 2
@@ -310,7 +347,7 @@ def test_final_weights_are_the_moving_average(watched):
 
 
 @pytest.mark.parametrize("name, flags", [
-    *((name, f"--generator-loss {flags}") for name in DIGITS for flags in (
+    *(("sgan_svhn", f"--generator-loss {flags}") for flags in (
         "fool", "complement", "fool --real-logit fake-class", "fool --real-logit sigmoid-head")),
     ("sgan_svhn", "--generator-loss fool --real-label-smoothing 0.1"),
     ("sgan_catsdogs", "--generator-loss fool --real-logit fake-class"),
@@ -351,10 +388,10 @@ def test_photos_may_move_the_statistics_by_all_images_at_constant_rates(few_step
     for step in seen.steps:
         assert [update.lr for update in step.updates.values()] == [0.002, 0.004]
         assert [one.moved for one in step.passes.values()] == [
-            statistics_of(seen.networks["Classifier"])] * 4
+            statistics_of(seen.networks["Classifier"])] * 5
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_without_ema_the_raw_weights_are_scored(name, few_steps):
     seen = watch(name, [*few_steps[name].flags, "--ema-decay", 0, "--dry-run"])
     assert same_bits(seen.final["classifier"],
@@ -382,7 +419,7 @@ def build(name):
     return importlib.import_module(name), new_classifier(name), torch.rand(2, 16, *shape)
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_frozen_statistics_stand_still_and_move_again_afterwards(name):
     script, classifier, (x, x_other) = build(name)
     norm = next(m for m in classifier.modules() if isinstance(m, torch.nn.BatchNorm2d))
@@ -416,13 +453,13 @@ def test_networks_have_the_promised_shapes(name, size):
     images = generator(torch.randn(2, script.LATENT_DIM))
     assert images.shape == (2, 1 if name == "sgan_mnist" else 3, size, size)
     assert images.min() >= 0 and images.max() <= 1
-    logits, features, r = classifier(images)
-    assert logits.shape == (2, 5 if photos else 10) and r.shape == (2,)
+    logits, features, *r = classifier(images)  # MNIST's student has no r
+    assert logits.shape == (2, 5 if photos else 10) and all(part.shape == (2,) for part in r)
     assert features.shape == (2, 512 if photos else 128)
 
 
 @pytest.mark.parametrize("form", ["logsumexp", "fake-class", "sigmoid-head"])
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", STEPPED)
 def test_real_logit_of_each_form(name, form):
     """Against the softmax of K + 1 classes, of K and a zero, and against the plain linear unit."""
     script, _, (x, _) = build(name)

@@ -16,15 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import sgan_catsdogs  # noqa: E402
 
-PHOTOS_EACH = 8  # of a batch of 16; of labeled images and of fakes there are 4
 photos, networks, weights = [], {}, {}
 
 
 def look(module, inputs):
     if isinstance(module, (sgan_catsdogs.Classifier, sgan_catsdogs.Generator)) and module.training:
         networks[type(module).__name__] = module
-        if len(inputs[0]) == PHOTOS_EACH:
-            photos.append(inputs[0].detach())
+        if isinstance(module, sgan_catsdogs.Classifier) and module.resnet.bn1.momentum:
+            photos.append(inputs[0].detach())  # only they move the running statistics
 
 
 def keep(optimizer, args, kwargs):  # at the end the best weights take the place of the last ones
