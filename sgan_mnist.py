@@ -37,6 +37,7 @@ NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
+GAN_AUGMENTATION = 0.5  # strength of the GAN's augmentation; the student has all of it
 PERCEPTRON_EMA, STUDENT_EMA = 0.9999, 0.99  # decays of the averaged networks, which are scored
 
 
@@ -281,6 +282,7 @@ def train_gan(args, x_labeled, y_labeled, x_unlabeled, steps_per_epoch, end_epoc
                                      betas=(0.5, 0.999), eps=1e-4, fused=True)
                     for network in (perceptron, generator))
     fixed_z = torch.rand(100, LATENT_DIM, device=device)
+    strength = GAN_AUGMENTATION * args.augmentation
     means, step = EpochMeans(), 0
     for epoch in range(1, args.epochs + 1):
         order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
@@ -290,17 +292,21 @@ def train_gan(args, x_labeled, y_labeled, x_unlabeled, steps_per_epoch, end_epoc
                       leave=False):
             step += 1
             chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
-            x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 1, 28, 28), (n,)
-            x_unl = x_unlabeled[order[i]] / 255  # (N, 1, 28, 28)
+            y_lab = y_labeled[chosen]  # (n,)
+            x = torch.cat([x_labeled[chosen], x_unlabeled[order[i]], x_unlabeled[other_order[i]]])
+            x = augment(x / 255, strength)  # (n + 2N, 1, 28, 28)
+            x_lab, x_unl, x_other = x.tensor_split([len(y_lab), len(y_lab) + args.batch_size])
             z = torch.rand(args.batch_size, LATENT_DIM, device=device)
             with autocast:
-                x_fake = generator(z)  # (N, 1, 28, 28), for both updates
+                x_fake = generator(z)
+            x_fake = augment(x_fake.float(), strength)  # (N, 1, 28, 28), for both updates
 
-                # ---- classifier: labels right, digits real, fakes fake ----
-                # All images pass in one batch, as there is no batch norm to mix them.
+            # ---- classifier: labels right, digits real, fakes fake ----
+            # All images pass in one batch, as there is no batch norm to mix them.
+            with autocast:
                 logits, _, r = perceptron(torch.cat([x_lab, x_unl, x_fake.detach()]))
-            r_unl, r_fake = r[len(x_lab):].chunk(2)  # (N,), (N,)
-            loss_lab = labeled_loss(logits[:len(x_lab)], y_lab)  # -E log p(y | x, real)
+            r_unl, r_fake = r[len(y_lab):].chunk(2)  # (N,), (N,)
+            loss_lab = labeled_loss(logits[:len(y_lab)], y_lab)  # -E log p(y | x, real)
             loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
             loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
             # 0.5: as in the code of Salimans et al., where gan_weight is 1
@@ -313,7 +319,7 @@ def train_gan(args, x_labeled, y_labeled, x_unlabeled, steps_per_epoch, end_epoc
             with autocast:
                 _, feat_fake, r_gen = perceptron(x_fake)  # (N, 250), (N,)
                 with torch.no_grad():
-                    _, feat_unl, _ = perceptron(x_unlabeled[other_order[i]] / 255)  # (N, 250)
+                    _, feat_unl, _ = perceptron(x_other)  # (N, 250)
             feat_fake = feat_fake.float()
             if args.generator_loss == "fool":
                 loss_g = fool_loss(r_gen)  # -E log D(G(z))
