@@ -50,7 +50,7 @@ from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2
-D_TARGET = 0.7  # mean D(x) on photos above which the GAN's photos and fakes are augmented more
+D_TARGET = 0.7  # mean D(x) on photos from which on the GAN's images are augmented more
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
@@ -524,9 +524,8 @@ def main():
     total_steps = args.epochs * steps_per_epoch
     labeled_batch = min(LABELED_BATCH, num_labeled) // world  # images of this process in a step
     unlabeled_batch = args.batch_size // world
-    fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE)  # 2: batch norm needs a variance
-    if not args.gan_weight:
-        fake_batch = 2
+    # at least 2, as batch norm needs a variance; no more where the GAN is off
+    fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE if args.gan_weight else 0)
     if rank:  # from here on each process has random numbers of its own
         torch.manual_seed(args.seed + rank + step)
     signals = stop_signals() if world == 1 else []
@@ -594,7 +593,7 @@ def main():
                 # evaluated, and the labeled photos are few.
                 frozen = args.statistics == "unlabeled"
                 classifier.requires_grad_(True)
-                # what has a label, augmented more than what the teacher saw: (n + picked, 3, S, S)
+                # labeled and picked photos, strongly augmented: (n + picked, 3, S, S)
                 x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
                 x_gan = augment(x_unl, strength)  # (N, 3, S, S)
                 x_turned, quarters = turn(x_gan[::2])  # (N/2, 3, S, S), (N/2,)
@@ -622,8 +621,9 @@ def main():
                 loss_d.backward()
                 average_gradients(classifier)
                 opt_d.step()
-                # A discriminator that knows its photos by heart teaches no more. So a D that is too
-                # sure gets them changed more (Karras et al. 2020, arXiv:2006.06676, section 3).
+                # A discriminator that knows its photos by heart teaches nothing more. So the surer D
+                # is of photos, the more these are augmented, and fakes with them (adaptive
+                # augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
                 p_real = r_unl.detach().sigmoid().mean()
                 gan_strength = min(1.0, max(0.5, gan_strength + 0.01 * (p_real.item() - D_TARGET)))
 

@@ -1,16 +1,16 @@
 """Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
 
-First the GAN. A perceptron learns from the labeled digits, and is at the same time the
+A small convolutional classifier learns from the labeled digits, and is at the same time the
 discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
-generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498, sections
-3.1 and 5). This sorts the digits, those too that look like no labeled one.
+generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
+sections 3.1 and 5). Two flags choose other forms of both.
 
-Then a student. A convolutional network learns the perceptron's labels on augmented digits. The two
-networks err on different digits, so the student ends up better than its teacher.
+It begins with a warm-up on the labeled digits alone. From then on the moving average (EMA) of the
+classifier labels the unlabeled digits that it is sure of, and the classifier learns these labels
+too, on augmented digits. The average is what is scored.
 
     python sgan_mnist.py                        # 100 labels, 10 of each digit
-    python sgan_mnist.py --student-epochs 0     # the GAN alone, as in the paper
-    python sgan_mnist.py --supervised-only      # the baseline: the student on labeled digits alone
+    python sgan_mnist.py --supervised-only      # the baseline: labeled digits alone
     python sgan_mnist.py --num-labeled 30000    # half of the labels
 
 The unlabeled images are all training images but those of validation, the labeled ones among them.
@@ -19,13 +19,13 @@ What differs from the articles that this follows, and what it scores: .github/RE
 
 import argparse
 import time
+from contextlib import contextmanager
 from copy import deepcopy
-from itertools import islice, pairwise
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.parametrizations import weight_norm
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
@@ -36,9 +36,9 @@ from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluat
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
+FAKE_BATCH = 50  # generated images in each step
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-GAN_AUGMENTATION = 0.5  # strength of the GAN's augmentation; the student has all of it
-PERCEPTRON_EMA, STUDENT_EMA = 0.9999, 0.99  # decays of the averaged networks, which are scored
+CONFIDENCE = 0.8  # probability from which on a label by the EMA classifier is trained on
 
 
 def parse_args():
@@ -60,24 +60,28 @@ def parse_args():
                       help="number of labeled images, a multiple of the 10 classes")
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
-                       help="the baseline: the student alone, on labeled images alone")
-    train.add_argument("--epochs", type=number(int, minimum=1), default=45,
-                       help="passes of the GAN over the unlabeled images")
-    train.add_argument("--student-epochs", type=number(int, minimum=0), default=5,
-                       help="passes of the student; 0: the perceptron is what is scored")
-    train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
-                       help="unlabeled images in each step, and generated ones")
+                       help="the baseline: the same classifier and steps, labeled images alone")
+    train.add_argument("--warmup-steps", type=number(int, minimum=0), default=300,
+                       help="steps on labeled images alone, before the first epoch")
+    train.add_argument("--epochs", type=number(int, minimum=1), default=4,
+                       help="passes over the unlabeled images")
+    train.add_argument("--batch-size", type=number(int, minimum=2), default=200,
+                       help="unlabeled images per step, at least 2 for batch norm")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
-                       help="Adam learning rate; the student's falls to 0 over its second half")
+                       help="Adam learning rate of both networks; falls to 0 over the second half")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class", "sigmoid-head"],
-                       default="logsumexp", help="form of the real/fake logit, see Perceptron")
+                       default="logsumexp", help="form of the real/fake logit, see Classifier")
     train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
                        default="feature-matching",
                        help="match mean features, pass for real, or match and spread out")
-    train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
+    train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.3,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+    train.add_argument("--consistency-weight", type=number(float, minimum=0), default=1.0,
+                       help="weight of the loss on labels by the EMA classifier; 0 switches it off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
-                       help="strength of the student's augmentation, from 0, none, to 1")
+                       help="strength of augmentation in training, from 0, none, to 1")
+    train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.99,
+                       help="decay of the averaged classifier, which is scored; 0: no average")
     return parser.parse_args()
 
 
@@ -151,90 +155,33 @@ def augment(x, strength):
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1], as in the MNIST code of Salimans et al.
+    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1].
 
-    Weight norm of the last layer matters: without it the classifier wins within an epoch.
+    As wide as that of Salimans et al., whose MNIST networks are not convolutional either: matching
+    mean features needs no more, and transposed convolutions took 16 times as long on a CPU.
     """
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(LATENT_DIM, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
-            nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
-            linear(500, 28 * 28), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)),
+            nn.Linear(LATENT_DIM, 500, bias=False), nn.BatchNorm1d(500), nn.ReLU(),
+            nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.ReLU(),
+            nn.Linear(500, 28 * 28), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)),
         )
 
     def forward(self, z):
         return self.layers(z)
 
 
-def linear(n_in, n_out):
-    """A linear layer whose weights are g v / |v|, unit by unit: v ~ N(0, 0.1), g = 1, bias 0."""
-    layer = weight_norm(nn.Linear(n_in, n_out))
-    weight = layer.parametrizations.weight
-    nn.init.ones_(weight.original0)  # g (n_out, 1)
-    nn.init.normal_(weight.original1, std=0.1)  # v (n_out, n_in)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
-class Perceptron(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 250), real logit r (N,).
+class Classifier(nn.Module):
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128), real logit r (N,).
 
     D(x) = sigmoid(r). "logsumexp": r = log Z, as if "fake" were one more logit, fixed at 0
     (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016, arXiv:1606.01583; the
     labeled loss stays one of K classes); "sigmoid-head": r is a linear unit beside the K logits.
-    It has Gaussian noise and weight norm in place of batch norm, as in the code of Salimans et al.
-    So images in a batch do not depend on each other.
     """
 
     def __init__(self, real_logit_form):
-        super().__init__()
-        self.hidden = nn.ModuleList(linear(n_in, n_out) for n_in, n_out in pairwise(
-            [28 * 28, 1000, 500, 250, 250, 250]))
-        self.head = linear(250, NUM_CLASSES)
-        self.real_logit_form = real_logit_form
-        if real_logit_form != "logsumexp":
-            self.extra = linear(250, 1)
-
-    def noisy(self, x, std):
-        return x + std * torch.randn_like(x) if self.training else x
-
-    def forward(self, x):
-        h = self.noisy(x.flatten(1), 0.3)  # (N, 784)
-        for layer in self.hidden:
-            features = F.relu(layer(h))
-            h = self.noisy(features, 0.5)
-        logits = self.head(h)
-        if self.real_logit_form == "logsumexp":
-            r = real_logit(logits)  # log sum_k exp l_k(x)
-        elif self.real_logit_form == "fake-class":
-            r = real_logit(logits) - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
-        else:
-            r = self.extra(h)[:, 0].float()
-        return logits, features, r
-
-    @torch.no_grad()
-    def standardise(self, x):
-        """Give each unit mean 0 and deviation 1 on images x (N, 1, 28, 28) before its nonlinearity.
-
-        The scales g of the hidden units stay fixed from then on (Salimans and Kingma 2016,
-        arXiv:1602.07868, section 3, and the code of Salimans et al.).
-        """
-        h = self.noisy(x.flatten(1), 0.3)
-        for layer in [*self.hidden, self.head]:
-            std, mean = torch.std_mean(layer(h), dim=0)
-            layer.parametrizations.weight.original0 /= std[:, None]
-            layer.bias -= mean / std
-            h = self.noisy(F.relu(layer(h)), 0.5)
-        for layer in self.hidden:
-            layer.parametrizations.weight.original0.requires_grad_(False)
-
-
-class Student(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128)."""
-
-    def __init__(self):
         super().__init__()
 
         def conv(n_in, n_out, stride):
@@ -249,211 +196,192 @@ class Student(nn.Module):
             *conv(64, 128, 1),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (N, 128)
         )
-        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, NUM_CLASSES))
+        self.dropout = nn.Dropout(0.5)
+        self.head = nn.Linear(128, NUM_CLASSES)
+        self.real_logit_form = real_logit_form
+        if real_logit_form != "logsumexp":
+            self.extra = nn.Linear(128, 1)
 
     def forward(self, x):
         x = ((x - 0.13) / 0.31).contiguous(memory_format=torch.channels_last)
         features = self.layers(x)
-        return self.head(features), features
+        h = self.dropout(features)
+        logits = self.head(h)
+        if self.real_logit_form == "logsumexp":
+            r = real_logit(logits)  # log sum_k exp l_k(x)
+        elif self.real_logit_form == "fake-class":
+            r = real_logit(logits) - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
+        else:
+            r = self.extra(h)[:, 0].float()
+        return logits, features, r
+
+
+@contextmanager
+def frozen_statistics(classifier):
+    """Within it, forward passes do not change the running batch-norm statistics."""
+    norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = 0.0
+    yield
+    for norm in norms:
+        norm.momentum = 0.1
 
 
 # ============================================ training ============================================
 
 
-def update_average(average, network, decay, step):
-    """The moving average of a network, batch-norm statistics included; short memory at first."""
-    decay = min(decay, (1 + step) / (10 + step))
-    for ema, now in zip(average.state_dict().values(), network.state_dict().values()):
-        ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
-
-
-def train_gan(args, x_labeled, y_labeled, x_unlabeled, steps_per_epoch, end_epoch, folder):
-    """The perceptron against the generator; returns the average of the perceptron, and G.
-
-    After each epoch it calls end_epoch, and writes generated images to the run's folder.
-    """
-    device, autocast = x_labeled.device, bf16_autocast(x_labeled.device)
-    perceptron, generator = Perceptron(args.real_logit).to(device), Generator().to(device)
-    some = torch.randperm(len(x_unlabeled), device=device)[:500]
-    perceptron.standardise(x_unlabeled[some] / 255)
-    average = deepcopy(perceptron).requires_grad_(False).eval()
-    # eps: the code of Salimans et al. adds 1e-8 within the square root, torch adds it after
-    opt_d, opt_g = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], args.lr,
-                                     betas=(0.5, 0.999), eps=1e-4, fused=True)
-                    for network in (perceptron, generator))
-    fixed_z = torch.rand(100, LATENT_DIM, device=device)
-    strength = GAN_AUGMENTATION * args.augmentation
-    means, step = EpochMeans(), 0
-    for epoch in range(1, args.epochs + 1):
-        order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
-        other_order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
-        epoch_started = time.perf_counter()
-        for i in tqdm(range(steps_per_epoch), f"epoch {epoch}/{args.epochs}", disable=None,
-                      leave=False):
-            step += 1
-            chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
-            y_lab = y_labeled[chosen]  # (n,)
-            x = torch.cat([x_labeled[chosen], x_unlabeled[order[i]], x_unlabeled[other_order[i]]])
-            x = augment(x / 255, strength)  # (n + 2N, 1, 28, 28)
-            x_lab, x_unl, x_other = x.tensor_split([len(y_lab), len(y_lab) + args.batch_size])
-            z = torch.rand(args.batch_size, LATENT_DIM, device=device)
-            with autocast:
-                x_fake = generator(z)
-            x_fake = augment(x_fake.float(), strength)  # (N, 1, 28, 28), for both updates
-
-            # ---- classifier: labels right, digits real, fakes fake ----
-            # All images pass in one batch, as there is no batch norm to mix them.
-            with autocast:
-                logits, _, r = perceptron(torch.cat([x_lab, x_unl, x_fake.detach()]))
-            r_unl, r_fake = r[len(y_lab):].chunk(2)  # (N,), (N,)
-            loss_lab = labeled_loss(logits[:len(y_lab)], y_lab)  # -E log p(y | x, real)
-            loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
-            loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-            # 0.5: as in the code of Salimans et al., where gan_weight is 1
-            loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-            opt_d.zero_grad()
-            loss_d.backward()
-            opt_d.step()
-
-            # ---- generator, through the updated classifier, beside other digits ----
-            with autocast:
-                _, feat_fake, r_gen = perceptron(x_fake)  # (N, 250), (N,)
-                with torch.no_grad():
-                    _, feat_unl, _ = perceptron(x_other)  # (N, 250)
-            feat_fake = feat_fake.float()
-            if args.generator_loss == "fool":
-                loss_g = fool_loss(r_gen)  # -E log D(G(z))
-            else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
-                loss_g = (feat_unl.float().mean(0) - feat_fake.mean(0)).square().mean()
-            if args.generator_loss == "complement":  # Dai et al. 2017, without their density
-                unit = F.normalize(feat_fake, dim=1)
-                cosines = (unit @ unit.T).fill_diagonal_(0)  # (N, N)
-                # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
-                loss_g = loss_g + cosines.square().sum() / (len(unit)**2 - len(unit))
-            opt_g.zero_grad()
-            loss_g.backward(inputs=list(generator.parameters()))
-            opt_g.step()
-
-            update_average(average, perceptron, PERCEPTRON_EMA, step)
-            means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
-                             "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                             "monitor/p_real_fake": r_fake.sigmoid().mean()})
-        epoch_means = means.take()  # waits for the device
-        images_per_s = steps_per_epoch * args.batch_size / (time.perf_counter() - epoch_started)
-        end_epoch(perceptron, average, epoch_means, images_per_s)
-        with autocast:
-            save_samples(generator, fixed_z, folder / "samples" / f"epoch_{epoch:03d}.png")
-    return average, generator
-
-
-def train_student(args, teacher, x_labeled, y_labeled, x_unlabeled, steps_per_epoch, end_epoch):
-    """A convolutional network on labeled digits and those that the teacher labels; its average.
-
-    The teacher, the average of the perceptron, labels each digit once, as it is in the file. It is
-    None for the baseline, which knows labeled digits only.
-    """
-    device, autocast = x_labeled.device, bf16_autocast(x_labeled.device)
-    student = Student().to(device).to(memory_format=torch.channels_last)
-    average = deepcopy(student).requires_grad_(False).eval()
-    opt = torch.optim.Adam(student.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    if teacher is not None:
-        with torch.no_grad(), autocast:
-            y_teacher = torch.cat([teacher(x / 255)[0].argmax(dim=1)
-                                   for x in x_unlabeled.split(5000)])  # (all,)
-    means, step, total_steps = EpochMeans(), 0, args.student_epochs * steps_per_epoch
-    for epoch in range(1, args.student_epochs + 1):
-        order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
-        epoch_started = time.perf_counter()
-        for i in tqdm(range(steps_per_epoch), f"student {epoch}/{args.student_epochs}",
-                      disable=None, leave=False):
-            opt.param_groups[0]["lr"] = args.lr * min(1, 2 * (1 - step / total_steps))
-            step += 1
-            chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
-            x_lab, y_lab = x_labeled[chosen], y_labeled[chosen]  # (n, 1, 28, 28), (n,)
-            taught = x_unlabeled[order[i]] if teacher is not None else x_lab[:0]  # (N, 1, 28, 28)
-            x = augment(torch.cat([x_lab, taught]) / 255, args.augmentation)
-            with autocast:
-                logits, _ = student(x)  # (n + N, K)
-            loss_lab = labeled_loss(logits[:len(x_lab)], y_lab)  # -E log p(y | augmented x)
-            scalars = {"loss/lab": loss_lab}
-            loss = loss_lab
-            if teacher is not None:
-                # -E log p(teacher's label | augmented x)
-                loss_con = labeled_loss(logits[len(x_lab):], y_teacher[order[i]])
-                loss = loss_lab + loss_con
-                scalars["loss/con"] = loss_con
-            opt.zero_grad()
-            loss.backward()
-            opt.step()
-            update_average(average, student, STUDENT_EMA, step)
-            means.add(step, scalars)
-        epoch_means = means.take()  # waits for the device
-        images_per_s = steps_per_epoch * args.batch_size / (time.perf_counter() - epoch_started)
-        end_epoch(student, average, epoch_means, images_per_s)
-    return average
-
-
 def main():
     args = parse_args()
-    if args.supervised_only:
-        args.epochs = 0
-        if args.student_epochs == 0:
-            die("--supervised-only trains the student, so --student-epochs must be at least 1")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
     method = "supervised" if args.supervised_only else "sgan"
-    autocast = bf16_autocast(device)
-    run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
-              f"__seed{args.seed}", vars(args))
-    steps_per_epoch = len(x_unlabeled) // args.batch_size
-    if args.dry_run:
-        args.epochs, args.student_epochs = min(1, args.epochs), min(1, args.student_epochs)
-        steps_per_epoch = min(2, steps_per_epoch)
-    best_val, started = {}, time.perf_counter()  # of each kind of network
 
     def held_out(part):  # batches for evaluation, in order, each image once
         batches = ((x / 255, y) for x, y in zip(part[0].split(1000), part[1].split(1000)))
         return islice(batches, 2 if args.dry_run else None)
 
-    def end_epoch(network, average, epoch_means, images_per_s):
-        """Validation, best weights, and a row of metrics.csv."""
-        epoch, kind = len(run.rows) + 1, type(network).__name__
+    classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
+    classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
+    generator = Generator().to(device)
+    opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    fixed_z = torch.randn(100, LATENT_DIM, device=device)
+    autocast = bf16_autocast(device)
+
+    # ---- the run's folder, and the number of steps ----
+    run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
+              f"__seed{args.seed}", vars(args))
+    steps_per_epoch = len(x_unlabeled) // args.batch_size
+    if args.dry_run:
+        args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
+        args.warmup_steps = min(2, args.warmup_steps)
+    total_steps = args.warmup_steps + args.epochs * steps_per_epoch
+    step, best_val = 0, -1.0
+
+    means, started = EpochMeans(), time.perf_counter()
+    for epoch in range(0 if args.warmup_steps else 1, args.epochs + 1):  # epoch 0: the warm-up
+        order = torch.randperm(len(x_unlabeled), device=device)
+        steps = steps_per_epoch if epoch else args.warmup_steps
+        labeled_only = args.supervised_only or epoch == 0
+        epoch_started = time.perf_counter()
+        for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", disable=None, leave=False):
+            falling = min(1, 2 * (1 - step / total_steps))  # over the second half of the steps
+            for opt, lr in ((opt_d, args.lr), (opt_g, args.lr)):
+                opt.param_groups[0]["lr"] = lr * falling
+            step += 1
+            chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
+            x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 1, 28, 28)
+            y_lab = y_labeled[chosen]  # (n,)
+
+            if labeled_only:
+                with autocast:
+                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                loss_lab = labeled_loss(logits_lab, y_lab)
+                opt_d.zero_grad()
+                loss_lab.backward()
+                opt_d.step()
+                means.add(step, {"loss/lab": loss_lab})
+
+            else:
+                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
+                z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
+                with autocast:
+                    x_fake = generator(z)
+                x_fake = augment(x_fake.float(), args.augmentation)  # (M, 1, 28, 28), both updates
+
+                # ---- the EMA classifier, as teacher, labels the digits that it is sure of ----
+                with torch.no_grad(), autocast:
+                    logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
+                p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
+                picked = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
+                x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
+
+                # ---- classifier: labels right, digits real, fakes fake ----
+                # Each kind of image has a pass of its own, as batch norm would mix them. Only
+                # unlabeled digits update the running statistics: fakes are not evaluated, and the
+                # labeled digits are few.
+                classifier.requires_grad_(True)
+                with autocast:
+                    with frozen_statistics(classifier):
+                        logits_lab, _, _ = classifier(x_lab)  # (n, K)
+                        _, _, r_fake = classifier(x_fake.detach())  # (M,)
+                    logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
+                loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
+                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+                loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
+                # -E [x is picked] log p(teacher's label | augmented x), as in FixMatch
+                # (Sohn et al. 2020, arXiv:2001.07685, section 2), where there is no EMA in training
+                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
+                            * picked).mean()
+                # 0.5: as in the code of Salimans et al., where gan_weight is 1
+                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                          + args.consistency_weight * loss_con)
+                opt_d.zero_grad()
+                loss_d.backward()
+                opt_d.step()
+
+                # ---- generator, through the updated classifier; feat_unl is from before ----
+                classifier.requires_grad_(False)
+                with autocast, frozen_statistics(classifier):
+                    _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)
+                feat_fake = feat_fake.float()
+                if args.generator_loss == "fool":
+                    loss_g = fool_loss(r_gen)  # -E log D(G(z))
+                else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+                    loss_g = (feat_unl.detach().float().mean(0) - feat_fake.mean(0)).square().mean()
+                if args.generator_loss == "complement":  # Dai et al. 2017, without their density
+                    unit = F.normalize(feat_fake, dim=1)
+                    cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, M)
+                    # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
+                    loss_g = loss_g + cosines.square().sum() / (FAKE_BATCH**2 - FAKE_BATCH)
+                opt_g.zero_grad()
+                loss_g.backward()
+                opt_g.step()
+
+                means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
+                                 "loss/fake": loss_fake, "loss/g": loss_g,
+                                 "loss/con": loss_con, "monitor/picked": picked.float().mean(),
+                                 "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                                 "monitor/p_real_fake": r_fake.sigmoid().mean()})
+
+            # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
+            decay = min(args.ema_decay, (1 + step) / (10 + step))
+            for ema, now in zip(classifier_ema.state_dict().values(),
+                                classifier.state_dict().values()):
+                ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+
+        # ---- once an epoch: means of the losses, validation, samples, best weights ----
+        epoch_means = means.take()  # waits for the device
+        images_seen = steps * (len(x_lab) if labeled_only else args.batch_size)
+        images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
-            scores = evaluate(network, held_out(val), NUM_CLASSES)
-            scores_ema = evaluate(average, held_out(val), NUM_CLASSES)
-        for weights, model, scored in (("raw", network, scores), ("ema", average, scores_ema)):
-            if not scored["accuracy"] <= best_val.get(kind, -1):  # better, or NaN: none to validate
-                best_val[kind] = scored["accuracy"]
-                run.save("best.pt", {"classifier": model.state_dict(), "network": kind,
-                                     "weights": weights, "epoch": epoch,
-                                     "val_accuracy": scored["accuracy"]})
-        run.log_epoch({"step": epoch * steps_per_epoch, "epoch": epoch,
+            scores = evaluate(classifier, held_out(val), NUM_CLASSES)
+            scores_ema = evaluate(classifier_ema, held_out(val), NUM_CLASSES)
+            if not labeled_only:
+                save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
+        for weights, model, scored in (("raw", classifier, scores),
+                                       ("ema", classifier_ema, scores_ema)):
+            if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
+                best_val = scored["accuracy"]
+                run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
+                                     "epoch": epoch, "val_accuracy": best_val})
+        run.log_epoch({"step": step, "epoch": epoch,
                        "seconds": round(time.perf_counter() - started, 1), **epoch_means,
                        "val_loss": scores["loss"], "val_accuracy": scores["accuracy"],
                        "val_loss_ema": scores_ema["loss"],
                        "val_accuracy_ema": scores_ema["accuracy"],
                        "images_per_s": round(images_per_s, 1)})
 
-    digits, teacher, made = (x_labeled, y_labeled, x_unlabeled), None, {}
-    if args.epochs:
-        teacher, generator = train_gan(args, *digits, steps_per_epoch, end_epoch, run.dir)
-        made = {"generator": generator.state_dict()}
-    if args.student_epochs:
-        final = train_student(args, teacher, *digits, steps_per_epoch, end_epoch)
-    else:
-        final = teacher
-
     # ============ the end: test images are scored here only, by two sets of weights ============
-    run.save("final.pt", {"classifier": final.state_dict(), "network": type(final).__name__,
-                          "weights": "ema", "epoch": len(run.rows), **made})
+    run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
+                          "epoch": args.epochs, "generator": generator.state_dict()})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
-    best_weights = deepcopy(final)
-    best_weights.load_state_dict(best["classifier"])
+    classifier.load_state_dict(best["classifier"])
     with autocast:
-        scores = evaluate(final, held_out(test), NUM_CLASSES)
-        scores_best = evaluate(best_weights, held_out(test), NUM_CLASSES)
-    run.finish(device, script="sgan_mnist", method=method, steps=run.rows[-1]["step"],
+        scores = evaluate(classifier_ema, held_out(test), NUM_CLASSES)
+        scores_best = evaluate(classifier, held_out(test), NUM_CLASSES)
+    run.finish(device, script="sgan_mnist", method=method, steps=step,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]

@@ -42,12 +42,9 @@ def run(request):
     run.class_names = ["cat", "dog", "zebra"][:3 if key == "flat" else 2]
     run.num_classes = len(run.class_names) if data == "pets" else 10
     run.epochs, run.warmup_steps, run.steps_per_epoch = {
-        "mnist": (4, 0, 10), "svhn": (1, 20, 10), "pets": (1, 0, 3)}[data]
-    run.gan_epochs = 0 if key == "supervised" else 2 if data == "mnist" else run.epochs
+        "mnist": (2, 20, 10), "svhn": (1, 20, 10), "pets": (1, 0, 3)}[data]
     if (data, key) == ("pets", "supervised"):
         run.steps_per_epoch = 100
-    if (data, key) == ("mnist", "supervised"):
-        run.epochs = 2  # the student's
     return run
 
 
@@ -62,7 +59,7 @@ def test_run_ends_with_its_result(run):
     assert (results["script"], results["method"]) == (run.script, run.method)
     assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
     assert results["split_seed"] == (None if run.data == "pets" else args["split_seed"])
-    assert results["epochs"] + results.get("student_epochs", 0) == run.epochs
+    assert results["epochs"] == run.epochs
     assert results["steps"] == run.warmup_steps + run.epochs * run.steps_per_epoch
     assert results["device"] == "cpu" and results["torch"] == torch.__version__
     assert results["seconds"] > 0
@@ -74,16 +71,14 @@ def test_run_ends_with_its_result(run):
 def test_run_writes_metrics(run):
     columns = {"step", "epoch", "seconds", "loss/lab", "val_loss", "val_accuracy", "val_loss_ema",
                "val_accuracy_ema", "images_per_s"}
-    gan = {"loss/unl", "loss/fake", "loss/g", "monitor/p_real_unl", "monitor/p_real_fake",
-           *(["loss/con", "monitor/picked"] if run.data != "mnist" else []),
-           *(["loss/fm", "loss/turn", "monitor/strength"] if run.data == "pets" else [])}
+    gan = {"loss/unl", "loss/fake", "loss/g", "loss/con", "monitor/picked", "monitor/p_real_unl",
+           "monitor/p_real_fake", *(["loss/fm", "loss/turn", "monitor/strength"]
+                                    if run.data == "pets" else [])}
     epochs = range(0 if run.warmup_steps else 1, run.epochs + 1)
     for epoch, row in zip(epochs, run.rows, strict=True):
         numbers = {column: float(number) for column, number in row.items() if number != ""}
         # the baseline and the warm-up know labeled images only
-        student = {"loss/con"} if run.method == "sgan" and run.data == "mnist" else set()
-        assert set(numbers) == columns | (gan if 0 < epoch <= run.gan_epochs else
-                                          student if epoch else set())
+        assert set(numbers) == columns | (gan if run.method == "sgan" and epoch else set())
         assert all(map(math.isfinite, numbers.values()))
         assert numbers["epoch"] == epoch
         assert numbers["step"] == run.warmup_steps + epoch * run.steps_per_epoch
@@ -98,8 +93,8 @@ def test_run_writes_pictures(run):
         with Image.open(run.folder / name) as image:
             assert image.format == "PNG" and image.width > 150 and image.height > 150
             assert image.convert("L").getextrema()[0] < 100  # something is drawn on the white
-    samples = [run.folder / "samples" / f"epoch_{epoch:03d}.png"
-               for epoch in range(1, run.gan_epochs + 1)]
+    epochs = range(1, run.epochs + 1) if run.method == "sgan" else []
+    samples = [run.folder / "samples" / f"epoch_{epoch:03d}.png" for epoch in epochs]
     assert sorted((run.folder / "samples").glob("*")) == samples
     for path in samples:
         with Image.open(path) as image:
@@ -135,8 +130,6 @@ def test_accuracies_are_those_of_the_saved_weights(run):
 def test_best_checkpoint_is_the_best_on_validation(run):
     scores = [(float(row[column]), weights, int(row["epoch"])) for row in run.rows
               for column, weights in (("val_accuracy", "raw"), ("val_accuracy_ema", "ema"))]
-    if run.data == "mnist":  # the perceptron's epochs do not count, the student is what is scored
-        scores = [score for score in scores if score[2] > run.gan_epochs]
     first_best = max(scores, key=lambda score: score[0])
     assert (run.best["val_accuracy"], run.best["weights"], run.best["epoch"]) == first_best
     if run.data == "pets":  # the validation images of the digits are drawn by the script
@@ -178,9 +171,9 @@ def good_flags(mnist, svhn, pets):
 
 
 @pytest.mark.parametrize("name, flags, steps", [
-    # two steps of the GAN or a warm-up, and two more; or the one that all unlabeled images make
-    ("sgan_mnist", [], 4), ("sgan_mnist", ["--batch-size", 500], 2),
-    ("sgan_mnist", ["--supervised-only"], 2), ("sgan_mnist", ["--student-epochs", 0], 2),
+    # two steps of warm-up and two of an epoch; or the one step that all unlabeled images make
+    ("sgan_mnist", [], 4), ("sgan_mnist", ["--batch-size", 500], 3),
+    ("sgan_mnist", ["--supervised-only"], 4), ("sgan_mnist", ["--warmup-steps", 0], 2),
     ("sgan_svhn", [], 4), ("sgan_svhn", ["--batch-size", 400], 3),
     ("sgan_svhn", ["--supervised-only"], 4), ("sgan_svhn", ["--warmup-steps", 0], 2),
     ("sgan_catsdogs", [], 2), ("sgan_catsdogs", ["--batch-size", 48], 1),
@@ -230,17 +223,16 @@ def test_mat_file_of_the_official_size_is_read_in_seconds(tmp_path):
 # ======================================= help and failures ========================================
 
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
-                "--batch-size", "--lr", "--split-seed", "--gan-weight", "--real-logit",
-                "--generator-loss", "--augmentation"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--student-epochs"],
-         "sgan_svhn": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--warmup-steps",
-                       "--consistency-weight", "--ema-decay", "--real-label-smoothing"],
-         "sgan_catsdogs": [
-             *COMMON_FLAGS, "--consistency-weight", "--ema-decay", "--labeled-dir",
-             "--unlabeled-dir", "--val-dir", "--test-dir", "--image-size", "--lr-generator",
-             "--pretrained", "--statistics", "--constant-lr", "--rotation-weight", "--prepare",
-             "--download", "--labels-per-class", "--demo", "--resume", "--predict",
-             "--checkpoint"],
+                "--batch-size", "--lr", "--split-seed", "--gan-weight", "--consistency-weight",
+                "--real-logit", "--generator-loss", "--augmentation", "--ema-decay"]
+DIGIT_FLAGS = ["--data-dir", "--num-labeled", "--warmup-steps"]
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, *DIGIT_FLAGS],
+         "sgan_svhn": [*COMMON_FLAGS, *DIGIT_FLAGS, "--real-label-smoothing"],
+         "sgan_catsdogs": [*COMMON_FLAGS, "--labeled-dir", "--unlabeled-dir", "--val-dir",
+                           "--test-dir", "--image-size", "--lr-generator", "--pretrained",
+                           "--statistics", "--constant-lr", "--rotation-weight", "--prepare",
+                           "--download", "--labels-per-class", "--demo", "--resume", "--predict",
+                           "--checkpoint"],
          "toy_rings": ["--seed", "--split-seed", "--device", "--out-dir", "--dry-run",
                        "--num-labeled", "--supervised-only", "--epochs"]}
 
