@@ -103,8 +103,11 @@ def ours(flags):
                     for row in csv.DictReader(f)]
 
 
-def first_past(curve):
-    return next((seconds for seconds, accuracy in curve if accuracy >= ARTICLE), None)
+def summary(curve):
+    """When the curve first passes the article's accuracy, and its best."""
+    passed = [seconds for seconds, accuracy in curve if accuracy >= ARTICLE]
+    best = f"best {max(accuracy for _, accuracy in curve):.2%} after {curve[-1][0]:.0f} s"
+    return f"{min(passed):.1f} s; {best}" if passed else f"never; {best}"
 
 
 def main():
@@ -117,12 +120,8 @@ def main():
     *digits, val, _ = sgan_mnist.read_data(sgan_mnist.parse_args(), device)
     torch.manual_seed(0)
     theirs = articles(digits, val, device, 60 * args.max_minutes)
-    print(f"\nseconds until {ARTICLE:.2%} of validation images, {torch.get_num_threads()} threads, "
-          f"{device}:")
-    print(f"ours {first_past(mine) or 'never'}; best {max(a for _, a in mine):.2%} after "
-          f"{mine[-1][0]:.0f} s")
-    print(f"the article's way {first_past(theirs) or 'never'}; best "
-          f"{max(a for _, a in theirs):.2%} after {theirs[-1][0]:.0f} s")
+    print(f"\n{ARTICLE:.2%} of validation images, {torch.get_num_threads()} threads, {device}:")
+    print(f"ours: {summary(mine)}\nthe article's way: {summary(theirs)}")
 
 
 if __name__ == "__main__":
