@@ -51,6 +51,7 @@ LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2
 D_TARGET = 0.7  # mean D(x) on photos from which on the GAN's images are augmented more
+MIN_STRENGTH = 0.5  # of their augmentation, which grows up to 1
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
@@ -359,9 +360,9 @@ def surest_of_each_class(logits, per_class):
 
 def turn(x):
     """Turn images by 0, 90, 180, 270, 0, ... degrees: (N, 3, S, S) -> the same, quarters (N,)."""
-    quarters = torch.arange(len(x), device=x.device) % 4
+    index = torch.arange(len(x), device=x.device)
     turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
-    return turned[quarters, torch.arange(len(x), device=x.device)], quarters
+    return turned[index % 4, index], index % 4
 
 
 def start_processes(device_name):
@@ -505,7 +506,8 @@ def main():
     # ---- the run's folder, and where a run that goes on was left ----
     parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
              "opt_d": opt_d, "opt_g": opt_g}
-    state = {"step": 0, "best_val": -1.0, "gan_strength": 0.5, "seconds": 0.0, "rows": []}
+    state = {"step": 0, "best_val": -1.0, "gan_strength": MIN_STRENGTH, "seconds": 0.0,
+             "rows": []}
     if args.resume:
         state = restore(checkpoint, parts, photos, args.resume)
     step, best_val = state["step"], state["best_val"]
@@ -621,11 +623,12 @@ def main():
                 loss_d.backward()
                 average_gradients(classifier)
                 opt_d.step()
-                # A discriminator that knows its photos by heart teaches nothing more. So the surer D
-                # is of photos, the more these are augmented, and fakes with them (adaptive
+                # A discriminator that knows its photos by heart teaches nothing more. So the surer
+                # D is of photos, the more these are augmented, and fakes with them (adaptive
                 # augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
                 p_real = r_unl.detach().sigmoid().mean()
-                gan_strength = min(1.0, max(0.5, gan_strength + 0.01 * (p_real.item() - D_TARGET)))
+                gan_strength += 0.01 * (p_real.item() - D_TARGET)
+                gan_strength = min(1.0, max(MIN_STRENGTH, gan_strength))
 
                 # ---- generator, through the updated classifier; feat_unl is from before ----
                 classifier.requires_grad_(False)
