@@ -68,7 +68,7 @@ def watch(name, flags, out_dir="runs"):
     "generator" are fakes through which a gradient goes back. A pass holds its input, its outputs,
     N times the gradients that come back to them, and the names of the running statistics that it
     moves. It also holds the generator's latest images, the teacher's latest pass, and the weights
-    that tell turns.
+    that tell turns; that of turned photos holds the logits of the turns.
     updates: {network: its update}. An update holds its learning rate. For each network it holds the
     weights that it moves, and the gradients that are not those of the update before.
     state: the classifier's after the step.
@@ -89,6 +89,8 @@ def watch(name, flags, out_dir="runs"):
             latest.fakes, latest.teacher = outputs.detach(), None
         elif isinstance(module, script.Classifier) and not module.training:
             latest.teacher = SimpleNamespace(x=inputs[0], p=outputs[0].float().softmax(dim=1))
+        elif "Classifier" in networks and module is getattr(networks["Classifier"], "turn_head", 0):
+            steps[-1].passes["turned"].turn_logits = outputs.detach().double()
         elif isinstance(module, script.Classifier):
             logits, features, r = outputs
             if not inputs[0].requires_grad and (not steps or steps[-1].updates):
@@ -314,7 +316,10 @@ def test_logged_losses_are_those_of_the_outputs(watched):
         if watched.name == "sgan_catsdogs":
             turned, told = watched.gan_steps[n].passes["turned"], labeled.logits[count:]
             weight, bias = turned.turn_head
-            told_turns = (turned.features @ weight.T + bias).log_softmax(dim=1)
+            # bfloat16 keeps 8 bits of features, weights and logits
+            torch.testing.assert_close(turned.turn_logits, turned.features @ weight.T + bias,
+                                       rtol=0.01, atol=0.01)
+            told_turns = turned.turn_logits.log_softmax(dim=1)
             strength = min(1, max(0.5, strength + 0.01 * (values["monitor/p_real_unl"] - 0.7)))
             values |= {"loss/fm": values["loss/g"],
                        "loss/g": values["loss/g"] + (1 / z_gen).log1p().mean(),
