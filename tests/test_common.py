@@ -110,6 +110,20 @@ def test_loss_of_bf16_logits_is_computed_in_float32(name):
 # ======================================== flags and device ========================================
 
 
+@pytest.mark.parametrize("vendor, flags, native", [
+    ("AuthenticAMD", "avx512f avx512_bf16", True),
+    ("GenuineIntel", "avx512f avx512_bf16 amx_bf16 amx_tile", True),
+    ("GenuineIntel", "avx512f avx512_bf16", False),  # has it, but at half the speed of float32
+    ("AuthenticAMD", "avx2", False),
+])
+def test_bf16_is_used_where_the_processor_gains_by_it(tmp_path, monkeypatch, vendor, flags, native):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"vendor_id\t: {vendor}\nflags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(common, "Path", lambda path: cpuinfo)
+    with common.bf16_autocast(CPU):
+        assert (nn.Linear(2, 2)(torch.ones(1, 2)).dtype == torch.bfloat16) == native
+
+
 def parse(capsys, text, kind, **bounds):
     """The value of `--flag text`, or the last line on stderr of a refusal."""
     parser = argparse.ArgumentParser(prog="script.py")
