@@ -1,17 +1,19 @@
 """Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
 
-A small convolutional classifier learns from the labeled digits, and is at the same time the
+First the GAN alone. A perceptron learns from the labeled digits, and is at the same time the
 discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
-generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
-sections 3.1 and 5). Two flags choose other forms of both.
+generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498, sections
+3.1 and 5). This sorts the digits, those too that look like no labeled one.
 
-It begins with a warm-up on the labeled digits alone. From then on the moving average (EMA) of the
-classifier labels the unlabeled digits that it is sure of, and the classifier learns these labels
-too, on augmented digits. The average is what is scored.
+Then a convolutional network joins, the student. The moving averages (EMA) of both networks label
+the unlabeled digits together. The student learns these labels on augmented digits, the perceptron
+those that the two are sure of. They err on different digits, so each corrects the other. The
+student's average is what is scored.
 
-    python sgan_mnist.py                        # 100 labels, 10 of each digit
-    python sgan_mnist.py --supervised-only      # the baseline: labeled digits alone
-    python sgan_mnist.py --num-labeled 30000    # half of the labels
+    python sgan_mnist.py                                 # 100 labels, 10 of each digit
+    python sgan_mnist.py --epochs 40 --gan-epochs 40     # the GAN alone, as in the paper
+    python sgan_mnist.py --supervised-only               # the student on labeled digits alone
+    python sgan_mnist.py --num-labeled 30000             # half of the labels
 
 The unlabeled images are all training images but those of validation, the labeled ones among them.
 What differs from the articles that this follows, and what it scores: .github/RESULTS.md.
@@ -19,26 +21,27 @@ What differs from the articles that this follows, and what it scores: .github/RE
 
 import argparse
 import time
-from contextlib import contextmanager
 from copy import deepcopy
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
-                    fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
-                    real_logit, save_samples, say, unlabeled_loss)
+                    labeled_loss, number, pick_device, plot_confusion, plot_predictions, real_logit,
+                    save_samples, say, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
-FAKE_BATCH = 50  # generated images in each step
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.8  # probability from which on a label by the EMA classifier is trained on
+STUDENT_LABELED = 50  # those of them that the student sees
+CONFIDENCE = 0.8  # probability from which on the perceptron learns a label of both networks
+PERCEPTRON_EMA, STUDENT_EMA = 0.9999, 0.99  # decays of the averaged networks
 
 
 def parse_args():
@@ -60,28 +63,19 @@ def parse_args():
                       help="number of labeled images, a multiple of the 10 classes")
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
-                       help="the baseline: the same classifier and steps, labeled images alone")
-    train.add_argument("--warmup-steps", type=number(int, minimum=0), default=300,
-                       help="steps on labeled images alone, before the first epoch")
-    train.add_argument("--epochs", type=number(int, minimum=1), default=4,
+                       help="the baseline: the student alone, on labeled images alone")
+    train.add_argument("--epochs", type=number(int, minimum=1), default=20,
                        help="passes over the unlabeled images")
-    train.add_argument("--batch-size", type=number(int, minimum=2), default=200,
-                       help="unlabeled images per step, at least 2 for batch norm")
+    train.add_argument("--gan-epochs", type=number(int, minimum=0), default=12,
+                       help="those of them before the student joins; if all, there is no student")
+    train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
+                       help="unlabeled images in each step, and generated ones")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
-                       help="Adam learning rate of both networks; falls to 0 over the second half")
-    train.add_argument("--real-logit", choices=["logsumexp", "fake-class", "sigmoid-head"],
-                       default="logsumexp", help="form of the real/fake logit, see Classifier")
-    train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
-                       default="feature-matching",
-                       help="match mean features, pass for real, or match and spread out")
-    train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.3,
+                       help="Adam learning rate; the student's falls to 0 over its second half")
+    train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
-    train.add_argument("--consistency-weight", type=number(float, minimum=0), default=1.0,
-                       help="weight of the loss on labels by the EMA classifier; 0 switches it off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
-                       help="strength of augmentation in training, from 0, none, to 1")
-    train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.99,
-                       help="decay of the averaged classifier, which is scored; 0: no average")
+                       help="strength of the student's augmentation, from 0, none, to 1")
     return parser.parse_args()
 
 
@@ -154,34 +148,79 @@ def augment(x, strength):
 # ============================================ networks ============================================
 
 
-class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1].
+def linear(n_in, n_out):
+    """A linear layer whose weights are g v / |v|, unit by unit: v ~ N(0, 0.1), g = 1, bias 0."""
+    layer = weight_norm(nn.Linear(n_in, n_out))
+    weight = layer.parametrizations.weight
+    nn.init.ones_(weight.original0)  # g (n_out, 1)
+    nn.init.normal_(weight.original1, std=0.1)  # v (n_out, n_in)
+    nn.init.zeros_(layer.bias)
+    return layer
 
-    As wide as that of Salimans et al., whose MNIST networks are not convolutional either: matching
-    mean features needs no more, and transposed convolutions took 16 times as long on a CPU.
+
+class Generator(nn.Module):
+    """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1], as in the MNIST code of Salimans et al.
+
+    Weight norm of the last layer matters: without it the perceptron wins within an epoch.
     """
 
     def __init__(self):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(LATENT_DIM, 500, bias=False), nn.BatchNorm1d(500), nn.ReLU(),
-            nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.ReLU(),
-            nn.Linear(500, 28 * 28), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)),
+            nn.Linear(LATENT_DIM, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
+            nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
+            linear(500, 28 * 28), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)),
         )
 
     def forward(self, z):
         return self.layers(z)
 
 
-class Classifier(nn.Module):
-    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128), real logit r (N,).
+class Perceptron(nn.Module):
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 250), real logit r (N,).
 
-    D(x) = sigmoid(r). "logsumexp": r = log Z, as if "fake" were one more logit, fixed at 0
-    (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016, arXiv:1606.01583; the
-    labeled loss stays one of K classes); "sigmoid-head": r is a linear unit beside the K logits.
+    D(x) = sigmoid(r), r = log Z. It has Gaussian noise and weight norm in place of batch norm, as
+    in the code of Salimans et al. So images in a batch do not depend on each other.
     """
 
-    def __init__(self, real_logit_form):
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.ModuleList(linear(n_in, n_out) for n_in, n_out in pairwise(
+            [28 * 28, 1000, 500, 250, 250, 250]))
+        self.head = linear(250, NUM_CLASSES)
+
+    def noisy(self, x, std):
+        return x + std * torch.randn_like(x) if self.training else x
+
+    def forward(self, x):
+        h = self.noisy(x.flatten(1), 0.3)  # (N, 784)
+        for layer in self.hidden:
+            features = F.relu(layer(h))
+            h = self.noisy(features, 0.5)
+        logits = self.head(h)
+        return logits, features, real_logit(logits)  # r = log sum_k exp l_k(x)
+
+    @torch.no_grad()
+    def standardise(self, x):
+        """Give each unit mean 0 and deviation 1 on images x (N, 1, 28, 28) before its nonlinearity.
+
+        The scales g of the hidden units stay fixed from then on (Salimans and Kingma 2016,
+        arXiv:1602.07868, section 3, and the code of Salimans et al.).
+        """
+        h = self.noisy(x.flatten(1), 0.3)
+        for layer in [*self.hidden, self.head]:
+            std, mean = torch.std_mean(layer(h), dim=0)
+            layer.parametrizations.weight.original0 /= std[:, None]
+            layer.bias -= mean / std
+            h = self.noisy(F.relu(layer(h)), 0.5)
+        for layer in self.hidden:
+            layer.parametrizations.weight.original0.requires_grad_(False)
+
+
+class Student(nn.Module):
+    """Images (N, 1, 28, 28) in [0, 1] -> logits (N, K), features (N, 128)."""
+
+    def __init__(self):
         super().__init__()
 
         def conv(n_in, n_out, stride):
@@ -196,42 +235,30 @@ class Classifier(nn.Module):
             *conv(64, 128, 1),
             nn.AdaptiveAvgPool2d(1), nn.Flatten(),  # (N, 128)
         )
-        self.dropout = nn.Dropout(0.5)
-        self.head = nn.Linear(128, NUM_CLASSES)
-        self.real_logit_form = real_logit_form
-        if real_logit_form != "logsumexp":
-            self.extra = nn.Linear(128, 1)
+        self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, NUM_CLASSES))
 
     def forward(self, x):
         x = ((x - 0.13) / 0.31).contiguous(memory_format=torch.channels_last)
         features = self.layers(x)
-        h = self.dropout(features)
-        logits = self.head(h)
-        if self.real_logit_form == "logsumexp":
-            r = real_logit(logits)  # log sum_k exp l_k(x)
-        elif self.real_logit_form == "fake-class":
-            r = real_logit(logits) - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
-        else:
-            r = self.extra(h)[:, 0].float()
-        return logits, features, r
-
-
-@contextmanager
-def frozen_statistics(classifier):
-    """Within it, forward passes do not change the running batch-norm statistics."""
-    norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.momentum = 0.0
-    yield
-    for norm in norms:
-        norm.momentum = 0.1
+        return self.head(features), features
 
 
 # ============================================ training ============================================
 
 
+def update_average(average, network, decay, step):
+    """The moving average of a network, batch-norm statistics included; short memory at first."""
+    decay = min(decay, (1 + step) / (10 + step))
+    for ema, now in zip(average.state_dict().values(), network.state_dict().values()):
+        ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+
+
 def main():
     args = parse_args()
+    if args.gan_epochs > args.epochs:
+        die(f"--gan-epochs {args.gan_epochs} is more than --epochs {args.epochs}")
+    if args.supervised_only and args.gan_epochs == args.epochs:
+        die("--supervised-only trains the student, so --gan-epochs must be less than --epochs")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
@@ -241,127 +268,130 @@ def main():
         batches = ((x / 255, y) for x, y in zip(part[0].split(1000), part[1].split(1000)))
         return islice(batches, 2 if args.dry_run else None)
 
-    classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
-    classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
-    generator = Generator().to(device)
-    opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    fixed_z = torch.randn(100, LATENT_DIM, device=device)
+    # ---- networks, optimizers, and the average of each classifier ----
+    perceptron, generator = Perceptron().to(device), Generator().to(device)
+    student = Student().to(device).to(memory_format=torch.channels_last)
+    some = torch.randperm(len(x_unlabeled), device=device)[:500]
+    perceptron.standardise(x_unlabeled[some] / 255)
+    perceptron_ema, student_ema = (deepcopy(network).requires_grad_(False).eval()
+                                   for network in (perceptron, student))
+    # eps: the code of Salimans et al. adds 1e-8 within the square root, torch adds it after
+    opt_d, opt_g = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], args.lr,
+                                     betas=(0.5, 0.999), eps=1e-4, fused=True)
+                    for network in (perceptron, generator))
+    opt_s = torch.optim.Adam(student.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    fixed_z = torch.rand(100, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
 
     # ---- the run's folder, and the number of steps ----
     run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
     steps_per_epoch = len(x_unlabeled) // args.batch_size
+    gan_epochs = 0 if args.supervised_only else args.gan_epochs
+    student_epochs = args.epochs - args.gan_epochs
     if args.dry_run:
-        args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
-        args.warmup_steps = min(2, args.warmup_steps)
-    total_steps = args.warmup_steps + args.epochs * steps_per_epoch
-    step, best_val = 0, -1.0
+        gan_epochs, student_epochs = min(1, gan_epochs), min(1, student_epochs)
+        steps_per_epoch = min(2, steps_per_epoch)
+    epochs, student_steps = gan_epochs + student_epochs, student_epochs * steps_per_epoch
+    step, student_step, best_val = 0, 0, -1.0
 
     means, started = EpochMeans(), time.perf_counter()
-    for epoch in range(0 if args.warmup_steps else 1, args.epochs + 1):  # epoch 0: the warm-up
-        order = torch.randperm(len(x_unlabeled), device=device)
-        steps = steps_per_epoch if epoch else args.warmup_steps
-        labeled_only = args.supervised_only or epoch == 0
+    for epoch in range(1, epochs + 1):
+        with_student = epoch > gan_epochs
+        order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
+        other_order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
         epoch_started = time.perf_counter()
-        for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", disable=None, leave=False):
-            falling = min(1, 2 * (1 - step / total_steps))  # over the second half of the steps
-            for opt, lr in ((opt_d, args.lr), (opt_g, args.lr)):
-                opt.param_groups[0]["lr"] = lr * falling
+        for i in tqdm(range(steps_per_epoch), f"epoch {epoch}/{epochs}", disable=None, leave=False):
             step += 1
             chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
-            x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 1, 28, 28)
-            y_lab = y_labeled[chosen]  # (n,)
+            x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 1, 28, 28), (n,)
+            losses = {}
 
-            if labeled_only:
-                with autocast:
-                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
-                loss_lab = labeled_loss(logits_lab, y_lab)
-                opt_d.zero_grad()
-                loss_lab.backward()
-                opt_d.step()
-                means.add(step, {"loss/lab": loss_lab})
-
-            else:
-                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
-                z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
+            if not args.supervised_only:
+                x_unl = x_unlabeled[order[i]] / 255  # (N, 1, 28, 28)
+                x_other = x_unlabeled[other_order[i]] / 255  # (N, 1, 28, 28)
+                z = torch.rand(args.batch_size, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                x_fake = augment(x_fake.float(), args.augmentation)  # (M, 1, 28, 28), both updates
+                x_fake = x_fake.float()  # (N, 1, 28, 28), for both updates
 
-                # ---- the EMA classifier, as teacher, labels the digits that it is sure of ----
-                with torch.no_grad(), autocast:
-                    logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
-                p_teacher, y_teacher = logits_teacher.float().softmax(dim=1).max(dim=1)  # (N,)
-                picked = p_teacher > CONFIDENCE  # (N,) the others teach nothing yet
-                x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
+                # ---- both averages label the digits together ----
+                if with_student:
+                    with torch.no_grad(), autocast:
+                        logits_both = (perceptron_ema(x_unl)[0].float()
+                                       + student_ema(x_unl)[0].float()) / 2  # (N, K)
+                    p_both, y_both = logits_both.softmax(dim=1).max(dim=1)  # (N,)
+                    picked = p_both > CONFIDENCE  # (N,) the perceptron learns these only
 
-                # ---- classifier: labels right, digits real, fakes fake ----
-                # Each kind of image has a pass of its own, as batch norm would mix them. Only
-                # unlabeled digits update the running statistics: fakes are not evaluated, and the
-                # labeled digits are few.
-                classifier.requires_grad_(True)
+                # ---- perceptron: labels right, digits real, fakes fake ----
+                # All images pass in one batch, as there is no batch norm to mix them.
+                sizes = len(x_lab), len(x_unl), len(x_fake)
                 with autocast:
-                    with frozen_statistics(classifier):
-                        logits_lab, _, _ = classifier(x_lab)  # (n, K)
-                        _, _, r_fake = classifier(x_fake.detach())  # (M,)
-                    logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
+                    logits, _, r = perceptron(torch.cat([x_lab, x_unl, x_fake.detach()]))
+                logits_lab, logits_unl, _ = logits.split(sizes)  # (n, K), (N, K)
+                _, r_unl, r_fake = r.split(sizes)  # (N,), (N,)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E [x is picked] log p(teacher's label | augmented x), as in FixMatch
-                # (Sohn et al. 2020, arXiv:2001.07685, section 2), where there is no EMA in training
-                loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
-                            * picked).mean()
                 # 0.5: as in the code of Salimans et al., where gan_weight is 1
-                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                          + args.consistency_weight * loss_con)
+                loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                if with_student:  # -E [x is picked] log p(label of both | x)
+                    loss_con = (F.cross_entropy(logits_unl.float(), y_both, reduction="none")
+                                * picked).mean()
+                    loss_d = loss_d + loss_con
+                    losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
 
-                # ---- generator, through the updated classifier; feat_unl is from before ----
-                classifier.requires_grad_(False)
-                with autocast, frozen_statistics(classifier):
-                    _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)
-                feat_fake = feat_fake.float()
-                if args.generator_loss == "fool":
-                    loss_g = fool_loss(r_gen)  # -E log D(G(z))
-                else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
-                    loss_g = (feat_unl.detach().float().mean(0) - feat_fake.mean(0)).square().mean()
-                if args.generator_loss == "complement":  # Dai et al. 2017, without their density
-                    unit = F.normalize(feat_fake, dim=1)
-                    cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, M)
-                    # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
-                    loss_g = loss_g + cosines.square().sum() / (FAKE_BATCH**2 - FAKE_BATCH)
+                # ---- generator, through the updated perceptron, beside other digits ----
+                with autocast:
+                    _, feat_fake, _ = perceptron(x_fake)  # (N, 250)
+                    with torch.no_grad():
+                        _, feat_other, _ = perceptron(x_other)  # (N, 250)
+                # mean over features of (E f(x) - E f(G(z)))^2, Salimans et al. 2016, section 3.1
+                loss_g = (feat_other.float().mean(0) - feat_fake.float().mean(0)).square().mean()
                 opt_g.zero_grad()
-                loss_g.backward()
+                loss_g.backward(inputs=list(generator.parameters()))
                 opt_g.step()
+                update_average(perceptron_ema, perceptron, PERCEPTRON_EMA, step)
+                losses |= {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
+                           "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                           "monitor/p_real_fake": r_fake.sigmoid().mean()}
 
-                means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
-                                 "loss/fake": loss_fake, "loss/g": loss_g,
-                                 "loss/con": loss_con, "monitor/picked": picked.float().mean(),
-                                 "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                                 "monitor/p_real_fake": r_fake.sigmoid().mean()})
-
-            # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
-            decay = min(args.ema_decay, (1 + step) / (10 + step))
-            for ema, now in zip(classifier_ema.state_dict().values(),
-                                classifier.state_dict().values()):
-                ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+            # ---- student: true labels, and those of both networks, on augmented digits ----
+            if with_student:
+                falling = min(1, 2 * (1 - student_step / student_steps))  # over its second half
+                opt_s.param_groups[0]["lr"] = args.lr * falling
+                student_step += 1
+                m = min(STUDENT_LABELED, len(x_lab))
+                x = x_lab[:m] if args.supervised_only else torch.cat([x_lab[:m], x_unl])
+                with autocast:
+                    logits, _ = student(augment(x, args.augmentation))  # (m + N, K)
+                loss_s = labeled_loss(logits[:m], y_lab[:m])  # -E log p(y | augmented x)
+                if not args.supervised_only:
+                    loss_s = loss_s + labeled_loss(logits[m:], y_both)
+                opt_s.zero_grad()
+                loss_s.backward()
+                opt_s.step()
+                update_average(student_ema, student, STUDENT_EMA, student_step)
+                losses["loss/student"] = loss_s
+            means.add(step, losses)
 
         # ---- once an epoch: means of the losses, validation, samples, best weights ----
         epoch_means = means.take()  # waits for the device
-        images_seen = steps * (len(x_lab) if labeled_only else args.batch_size)
+        images_seen = steps_per_epoch * (m if args.supervised_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
+        network, average = ((student, student_ema) if with_student
+                            else (perceptron, perceptron_ema))
         with autocast:
-            scores = evaluate(classifier, held_out(val), NUM_CLASSES)
-            scores_ema = evaluate(classifier_ema, held_out(val), NUM_CLASSES)
-            if not labeled_only:
+            scores = evaluate(network, held_out(val), NUM_CLASSES)
+            scores_ema = evaluate(average, held_out(val), NUM_CLASSES)
+            if not args.supervised_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, model, scored in (("raw", classifier, scores),
-                                       ("ema", classifier_ema, scores_ema)):
+        if epoch == gan_epochs + 1:
+            best_val = -1.0  # from here on of the student
+        for weights, model, scored in (("raw", network, scores), ("ema", average, scores_ema)):
             if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
                 best_val = scored["accuracy"]
                 run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
@@ -374,13 +404,13 @@ def main():
                        "images_per_s": round(images_per_s, 1)})
 
     # ============ the end: test images are scored here only, by two sets of weights ============
-    run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
-                          "epoch": args.epochs, "generator": generator.state_dict()})
+    run.save("final.pt", {"classifier": average.state_dict(), "weights": "ema", "epoch": epoch,
+                          "generator": generator.state_dict()})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
-    classifier.load_state_dict(best["classifier"])
+    network.load_state_dict(best["classifier"])
     with autocast:
-        scores = evaluate(classifier_ema, held_out(test), NUM_CLASSES)
-        scores_best = evaluate(classifier, held_out(test), NUM_CLASSES)
+        scores = evaluate(average, held_out(test), NUM_CLASSES)
+        scores_best = evaluate(network, held_out(test), NUM_CLASSES)
     run.finish(device, script="sgan_mnist", method=method, steps=step,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])

@@ -52,4 +52,5 @@ def articles(device):
 
 
 if __name__ == "__main__":
-    compare(sgan_svhn, articles, (3, 32, 32), BATCH, NUM_LABELED, STEPS)
+    compare(sgan_svhn, ["--warmup-steps", "0"], articles, sgan_svhn.Classifier("logsumexp"),
+            sgan_svhn.FAKE_BATCH, (3, 32, 32), BATCH, NUM_LABELED, STEPS)

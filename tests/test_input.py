@@ -32,11 +32,13 @@ BELOW_ZERO, NOT_ABOVE = [-1, "nan"], [0, -1, "nan"]
 BAD_NUMBERS = {
     "--seed": [-1, 2**63, 2**64, 1.5], "--split-seed": [-1, 2**63], "--epochs": [0, -3, "many"],
     "--batch-size": [1, 0, -1], "--lr": NOT_ABOVE, "--gan-weight": BELOW_ZERO,
-    "--consistency-weight": BELOW_ZERO, "--augmentation": [-0.1, 1.5, "nan"],
-    "--ema-decay": [-0.1, 1, "nan"]}
-OWN_NUMBERS = [*((name, "--warmup-steps", [-1]) for name in DIGITS),
-               ("sgan_svhn", "--real-label-smoothing", [-0.1, 1.1, "nan"]),
+    "--augmentation": [-0.1, 1.5, "nan"]}
+NOT_OF_MNIST = {"--consistency-weight": BELOW_ZERO, "--ema-decay": [-0.1, 1, "nan"]}
+OWN_NUMBERS = [*((name, flag, values) for name in ("sgan_svhn", "sgan_catsdogs")
+                 for flag, values in NOT_OF_MNIST.items()),
+               ("sgan_mnist", "--gan-epochs", [-1]), ("sgan_svhn", "--warmup-steps", [-1]),
                ("sgan_catsdogs", "--rotation-weight", BELOW_ZERO),
+               ("sgan_svhn", "--real-label-smoothing", [-0.1, 1.1, "nan"]),
                ("sgan_catsdogs", "--image-size", [0, -32, 31]),
                ("sgan_catsdogs", "--lr-generator", NOT_ABOVE),
                ("sgan_catsdogs", "--labels-per-class", [0]),
@@ -57,6 +59,8 @@ def test_numbers_out_of_bounds_are_refused(name, flag, values, assert_refused):
     ("toy_rings", ["--num-labeled", 7], ["--num-labeled", 7]),
     ("toy_rings", ["--num-labeled", 4000], ["--num-labeled", 4000, 2000]),
     ("sgan_mnist", ["--num-labeled", 100_000], ["--num-labeled", 900]),
+    ("sgan_mnist", ["--gan-epochs", 5], ["--gan-epochs 5", "--epochs 4"]),
+    ("sgan_mnist", ["--supervised-only", "--gan-epochs", 4], ["--gan-epochs"]),
     ("sgan_svhn", ["--num-labeled", 100_000], ["--num-labeled", 700]),
     *((name, ["--batch-size", 100_000], ["--batch-size"]) for name in SCRIPTS),
     ("sgan_catsdogs", ["--batch-size", 3], ["--batch-size 3 is too small"]),

@@ -1,0 +1,343 @@
+"""Inside sgan_mnist.py: what passes through which network, which losses move it, and by how much.
+
+Training runs are watched through torch's global hooks; nothing in the script is replaced.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
+
+import sgan_mnist
+from common import balanced_split
+from tests.conftest import read_csv, read_part, same_bits, train
+
+N, LABELED, GAN_WEIGHT = 160, 10, 0.7  # unlabeled images and labeled ones in a step
+NETWORKS = (sgan_mnist.Perceptron, sgan_mnist.Generator, sgan_mnist.Student)
+
+
+def weights_of(network):
+    return {name: p.detach().clone() for name, p in network.named_parameters()}
+
+
+def gradients_of(network):
+    return {name: None if p.grad is None else p.grad.clone()
+            for name, p in network.named_parameters()}
+
+
+def changed(before, after):
+    """Names of the tensors that are not the same bit for bit, None included."""
+    return {name for name, old in before.items()
+            if (old is None) != (after[name] is None)
+            or (old is not None and not torch.equal(old, after[name]))}
+
+
+def watch(*flags, out_dir="runs"):
+    """A run in this process: events, in order, of each network's passes and updates.
+
+    A pass has the network's name, whether it trains, the input, the outputs, and under grad what
+    comes back to the first output. An update has the name, the learning rate, and of each network
+    the names of weights that it moves and of gradients that are new since the update before.
+    The run's steps hold these events; those of the averages in evaluation are left out.
+    """
+    networks, events, latest = {}, [], {}
+
+    def before_forward(module, inputs):
+        name = type(module).__name__
+        if isinstance(module, NETWORKS) and module.training and name not in networks:
+            networks[name] = module
+            module.at_first = {n: t.clone() for n, t in module.state_dict().items()}
+            latest[name] = gradients_of(module)
+
+    def after_forward(module, inputs, outputs):
+        if not isinstance(module, NETWORKS):
+            return
+        name = type(module).__name__
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seen = SimpleNamespace(name=name, update=False, training=module.training,
+                               x=inputs[0].detach(),
+                               outputs=[output.detach().double() for output in outputs])
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(lambda grad: setattr(seen, "grad", grad.double()))
+        events.append(seen)
+
+    def before_update(optimizer, args, kwargs):
+        weight = optimizer.param_groups[0]["params"][0]
+        name = next(n for n, net in networks.items()
+                    if any(p is weight for p in net.parameters()))
+        events.append(SimpleNamespace(
+            name=name, update=True, training=True, lr=optimizer.param_groups[0]["lr"],
+            before={n: weights_of(net) for n, net in networks.items()},
+            new_gradients={n: changed(latest[n], gradients_of(net))
+                           for n, net in networks.items()}))
+        latest.update({n: gradients_of(net) for n, net in networks.items()})
+
+    def after_update(optimizer, args, kwargs):
+        update = events[-1]
+        update.moved = {n: changed(update.before[n], weights_of(net))
+                        for n, net in networks.items()}
+        update.state = {n: t.clone() for n, t in networks[update.name].state_dict().items()}
+
+    handles = [register_module_forward_pre_hook(before_forward),
+               register_module_forward_hook(after_forward),
+               register_optimizer_step_pre_hook(before_update),
+               register_optimizer_step_post_hook(after_update)]
+    try:
+        folder, _ = train("sgan_mnist", "--device", "cpu", "--num-labeled", LABELED,
+                                "--batch-size", N, "--gan-weight", GAN_WEIGHT, *flags,
+                                out_dir=out_dir)
+    finally:
+        for handle in handles:
+            handle.remove()
+    first = "Student" if "--supervised-only" in flags else "Generator"
+    starts = [i for i, e in enumerate(events)
+              if e.name == first and e.training and not e.update]
+    steps = []
+    for start, end in zip(starts, [*starts[1:], len(events)]):
+        last = max(i for i in range(start, end) if events[i].update)  # then comes the evaluation
+        steps.append(events[start:last + 1])
+    return SimpleNamespace(networks=networks, steps=steps, rows=read_csv(folder / "metrics.csv"),
+                           final=torch.load(folder / "final.pt", weights_only=True))
+
+
+@pytest.fixture(scope="module")
+def digits(mnist):
+    """Labeled images and labels, and unlabeled images, of the run that the tests watch."""
+    x, y = read_part(mnist, "train")
+    labeled, _, others = balanced_split(y, LABELED, (len(y) - LABELED) // 2, 10, seed=0)
+    return SimpleNamespace(x=x[labeled], y=y[labeled], unlabeled=x[torch.cat([labeled, others])])
+
+
+@pytest.fixture(scope="module")
+def watched(mnist, tmp_path_factory):
+    """An epoch of the GAN alone, of two steps, and two with the student; nothing is augmented."""
+    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 3, "--gan-epochs", 1,
+                 "--lr", 0.002, out_dir=tmp_path_factory.mktemp("watched") / "runs")
+
+
+@pytest.fixture(params=["alone", "with student"])
+def steps(request, watched):
+    return watched.steps[:2] if request.param == "alone" else watched.steps[2:]
+
+
+def parts(step):
+    """Of a step: passes of fakes, of all images at once, of fakes and others for the generator."""
+    fakes, *_ = step
+    together, of_fakes, of_others = (e for e in step if e.name == "Perceptron" and e.training
+                                     and not e.update)
+    return SimpleNamespace(fakes=fakes, together=together, of_fakes=of_fakes, of_others=of_others)
+
+
+def find(images, known):
+    """The index in known of each image, which is there up to rounding."""
+    distance, index = torch.cdist(images.double().flatten(1), known.double().flatten(1)).min(dim=1)
+    assert (distance < 0.01).all()
+    return index
+
+
+def taught(step):
+    """The labels (N,) that the averages give together, and their probability, in float64."""
+    asked = [e for e in step if not e.training]
+    assert [e.name for e in asked] == ["Perceptron", "Student"]
+    for e in asked:  # plain digits
+        assert torch.equal(e.x, parts(step).together.x[LABELED:LABELED + N])
+    p = torch.stack([e.outputs[0].softmax(dim=1) for e in asked]).log().mean(dim=0).exp()
+    p, y = (p / p.sum(dim=1, keepdim=True)).max(dim=1)
+    return y, p
+
+
+# ============================================= the GAN ============================================
+
+
+def test_the_perceptron_sees_all_images_at_once_and_others_for_the_generator(watched, digits):
+    order = [("Generator", False), ("Perceptron", False), ("Perceptron", True),
+             ("Perceptron", False), ("Perceptron", False), ("Generator", True)]
+    assert len(watched.steps) == 6  # two an epoch, of 445 unlabeled images in batches of 160
+    seen, others = [], []
+    for n, step in enumerate(watched.steps):
+        student = [("Student", False), ("Student", True)] if n > 1 else []
+        assert [(e.name, e.update) for e in step if e.training] == order + student
+        of = parts(step)
+        x_lab, x_unl, x_fake = of.together.x.split([LABELED, N, N])
+        assert find(x_lab, digits.x).sort().values.tolist() == list(range(LABELED))
+        seen.append(find(x_unl, digits.unlabeled))
+        others.append(find(of.of_others.x, digits.unlabeled))
+        for x in (x_fake, of.of_fakes.x):
+            torch.testing.assert_close(x.double(), of.fakes.outputs[0], rtol=0, atol=1e-6)
+        z = of.fakes.x
+        assert 0 <= z.min() and z.max() < 1 and z.std() > 0.25  # uniform
+    for indices in (seen, others):  # no image twice in an epoch
+        for one, other in zip(indices[::2], indices[1::2]):
+            assert len(torch.cat([one, other]).unique()) == 2 * N
+    assert not torch.equal(seen[0], others[0])
+
+
+def real_gradient(logits, target):
+    """That of -log D(x), target 1, or -log(1 - D(x)), target 0, by the logits: (N, K)."""
+    z = logits.exp().sum(dim=1, keepdim=True)
+    return (z / (1 + z) - target) * logits.softmax(dim=1)
+
+
+def test_the_perceptron_minimises_its_losses(steps, digits):
+    for step in steps:
+        together = parts(step).together
+        logits_lab, logits_unl, logits_fake = together.outputs[0].split([LABELED, N, N])
+        y = digits.y[find(together.x[:LABELED], digits.x)]
+        of_unl = GAN_WEIGHT * 0.5 * real_gradient(logits_unl, 1)
+        if len(step) > 6:
+            y_both, p_both = taught(step)
+            picked = p_both > sgan_mnist.CONFIDENCE
+            of_unl += picked[:, None] * (logits_unl.softmax(dim=1) - F.one_hot(y_both, 10))
+        expected = torch.cat([(logits_lab.softmax(dim=1) - F.one_hot(y, 10)) / LABELED, of_unl / N,
+                              GAN_WEIGHT * 0.5 * real_gradient(logits_fake, 0) / N])
+        # the logits and their gradient may be bfloat16, of 8 bits
+        torch.testing.assert_close(together.grad, expected, rtol=0.02, atol=1e-5)
+
+
+def test_the_perceptron_learns_what_both_averages_are_sure_of(mnist):
+    """After a while, when they are sure of some digits."""
+    seen = watch("--data-dir", mnist, "--epochs", 12, "--gan-epochs", 2)
+    logged, last = [], seen.steps[-2:]
+    for step in last:
+        y, p = taught(step)
+        log_p = parts(step).together.outputs[0].log_softmax(dim=1)[LABELED:LABELED + N]
+        picked = (p > sgan_mnist.CONFIDENCE).double()
+        logged.append(((-log_p[range(N), y] * picked).mean(), picked.mean()))
+    for name, values in zip(("loss/con", "monitor/picked"), zip(*logged)):
+        assert 0 < sum(values) / 2 < 1
+        assert float(seen.rows[-1][name]) == pytest.approx(sum(values).item() / 2, rel=1e-3), name
+
+
+def test_updates_move_their_own_network_and_never_the_hidden_scales(watched):
+    scales = {f"hidden.{i}.parametrizations.weight.original0" for i in range(5)}
+    updates = [e for step in watched.steps for e in step if e.update]
+    assert len(updates) == 2 * 2 + 4 * 3
+    for update in updates:
+        own = set(weights_of(watched.networks[update.name])) - scales
+        for name in update.moved:
+            assert update.moved[name] == (own if name == update.name else set())
+            assert update.new_gradients[name] == (own if name == update.name else set())
+    rates = {name: [e.lr for e in updates if e.name == name] for name in watched.networks}
+    assert rates["Perceptron"] == rates["Generator"] == [0.002] * 6
+    assert rates["Student"] == pytest.approx([0.002, 0.002, 0.002, 0.001])
+
+
+def test_logged_losses_are_those_of_the_outputs(watched, digits):
+    for row, pair in zip(watched.rows, (watched.steps[:2], watched.steps[2:4], watched.steps[4:])):
+        logged = []
+        for step in pair:
+            of = parts(step)
+            log_p = of.together.outputs[0].log_softmax(dim=1)
+            y = digits.y[find(of.together.x[:LABELED], digits.x)]
+            z_unl, z_fake = of.together.outputs[0].exp().sum(dim=1)[LABELED:].split(N)
+            gap = of.of_others.outputs[1].mean(dim=0) - of.of_fakes.outputs[1].mean(dim=0)
+            logged.append({"loss/lab": -log_p[range(LABELED), y].mean(),
+                           "loss/unl": (1 / z_unl).log1p().mean(),
+                           "loss/fake": z_fake.log1p().mean(), "loss/g": gap.square().mean(),
+                           "monitor/p_real_unl": (z_unl / (1 + z_unl)).mean(),
+                           "monitor/p_real_fake": (z_fake / (1 + z_fake)).mean()})
+        for name in logged[0]:
+            mean = sum(values[name].item() for values in logged) / 2
+            assert float(row[name]) == pytest.approx(mean, rel=1e-3, abs=1e-6), name
+
+
+# =========================================== the student ==========================================
+
+
+def test_the_student_learns_true_labels_and_those_of_both_averages(watched, digits):
+    for row, pair in zip(watched.rows[1:], (watched.steps[2:4], watched.steps[4:])):
+        losses = []
+        for step in pair:
+            [seen] = [e for e in step if e.name == "Student" and e.training and not e.update]
+            assert torch.equal(find(seen.x[LABELED:], digits.unlabeled),
+                               find(parts(step).together.x[LABELED:LABELED + N], digits.unlabeled))
+            y = torch.cat([digits.y[find(seen.x[:LABELED], digits.x)], taught(step)[0]])
+            share = torch.cat([torch.full((LABELED,), 1 / LABELED), torch.full((N,), 1 / N)])
+            log_p = seen.outputs[0].log_softmax(dim=1)
+            torch.testing.assert_close(seen.grad, share[:, None] * (log_p.exp() - F.one_hot(y, 10)),
+                                       rtol=0.02, atol=1e-4)
+            losses.append(-(share * log_p[range(len(y)), y]).sum().item())
+        assert float(row["loss/student"]) == pytest.approx(sum(losses) / 2, rel=1e-3)
+
+
+def averaged(network, states, decay):
+    """The moving average of a network's state after each step, in float64."""
+    average = network.at_first
+    for n, state in enumerate(states, 1):
+        share = min(decay, (1 + n) / (10 + n))
+        for name, now in state.items():
+            average[name] = (share * average[name].double() + (1 - share) * now.double()
+                             if now.is_floating_point() else now)
+    return average
+
+
+@pytest.mark.parametrize("gan_epochs, name, decay", [(2, "Perceptron", 0.1), (1, "Student", 0.05)])
+def test_final_weights_are_the_moving_average(gan_epochs, name, decay, mnist, monkeypatch):
+    monkeypatch.setattr(sgan_mnist, "PERCEPTRON_EMA", 0.1)  # less than at first in any case
+    monkeypatch.setattr(sgan_mnist, "STUDENT_EMA", 0.05)
+    seen = watch("--data-dir", mnist, "--epochs", 2, "--gan-epochs", gan_epochs)
+    average = averaged(seen.networks[name], [e.state for step in seen.steps for e in step
+                                             if e.update and e.name == name], decay)
+    assert set(seen.final["classifier"]) == set(average)
+    for key, weights in seen.final["classifier"].items():
+        torch.testing.assert_close(weights.double(), average[key].double(), rtol=1e-4, atol=1e-5)
+    assert same_bits(seen.final["generator"], seen.networks["Generator"].state_dict())
+
+
+def test_the_student_sees_digits_augmented_and_its_teachers_see_them_plain(mnist, digits):
+    seen = watch("--data-dir", mnist, "--gan-epochs", 0, "--epochs", 1)
+    for step in seen.steps:
+        [taught_x] = [e.x for e in step if e.name == "Student" and e.training and not e.update]
+        plain = parts(step).together.x[:LABELED + N]
+        find(plain[LABELED:], digits.unlabeled)
+        assert (taught_x - plain).abs().mean() > 0.01
+
+
+def test_the_baseline_trains_the_student_on_labeled_digits_alone(mnist, digits):
+    seen = watch("--data-dir", mnist, "--supervised-only", "--epochs", 3, "--gan-epochs", 2,
+                 "--augmentation", 0)
+    assert len(seen.steps) == 2  # as many as with the GAN
+    for one, update in seen.steps:
+        assert find(one.x, digits.x).sort().values.tolist() == list(range(LABELED))
+        assert update.name == "Student"
+
+
+# ==================================== the perceptron, on its own ==================================
+
+
+def test_standardise_gives_each_unit_mean_0_and_deviation_1():
+    torch.manual_seed(0)
+    perceptron, seen = sgan_mnist.Perceptron(), []
+    x = torch.rand(4000, 1, 28, 28)
+    perceptron.standardise(x)
+    for layer in [*perceptron.hidden, perceptron.head]:
+        layer.register_forward_hook(lambda layer, inputs, out: seen.append(out.detach()))
+    perceptron(x)  # in training mode, with noise drawn anew
+    assert len(seen) == 6
+    for out in seen:
+        assert out.mean(dim=0).abs().max() < 0.15 and (out.std(dim=0) - 1).abs().max() < 0.15
+
+
+def test_weights_have_the_norm_of_their_scale_and_noise_is_for_training_alone():
+    torch.manual_seed(0)
+    perceptron = sgan_mnist.Perceptron()
+    x = torch.rand(50, 1, 28, 28)
+    perceptron.standardise(x)
+    for layer in [*perceptron.hidden, perceptron.head]:
+        scale = layer.parametrizations.weight.original0
+        torch.testing.assert_close(layer.weight.norm(dim=1, keepdim=True), scale)
+    assert not torch.equal(perceptron(x)[0], perceptron(x)[0])
+    perceptron.eval()
+    logits, features, r = perceptron(x)
+    assert torch.equal(logits, perceptron(x)[0])
+    assert logits.shape == (50, 10) and features.shape == (50, 250) and r.shape == (50,)
+    h = x.flatten(1).double()
+    for layer in perceptron.hidden:
+        h = (h @ layer.weight.double().T + layer.bias.double()).clamp(min=0)
+    torch.testing.assert_close(features.double(), h, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(r.double(), logits.double().exp().sum(dim=1).log(),
+                               rtol=1e-5, atol=1e-5)
