@@ -128,9 +128,9 @@ def pick_device(name: str) -> torch.device:
 def bf16_autocast(device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 if the hardware multiplies in it; otherwise a context without effect.
 
-    That is an x86 processor with AMX, or one by AMD with avx512_bf16. An Intel Xeon with avx512_bf16
-    but without AMX, as on some virtual machines, took twice as long in bfloat16 as in float32.
-    All others emulate bfloat16, which is slower still.
+    Of processors that is one with AMX, or one by AMD with avx512_bf16. An Intel Xeon with
+    avx512_bf16 but without AMX, as on some virtual machines, took twice as long in bfloat16 as in
+    float32. All others emulate bfloat16, which is slower still.
     """
     if device.type == "cuda":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

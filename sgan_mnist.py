@@ -1,19 +1,19 @@
 """Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
 
-First the GAN alone. A perceptron learns from the labeled digits, and is at the same time the
-discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
-generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498, sections
-3.1 and 5). This sorts the digits, those too that look like no labeled one.
+First a GAN trains alone. A perceptron learns from the labeled digits, and is at the same time the
+discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x).
+The generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
+sections 3.1 and 5).
 
-Then a convolutional network joins, the student. The moving averages (EMA) of both networks label
-the unlabeled digits together. The student learns these labels on augmented digits, the perceptron
-those that the two are sure of. They err on different digits, so each corrects the other. The
+Then a convolutional network joins, the student, and the GAN trains on. The moving averages (EMA) of
+perceptron and student label the unlabeled digits together. The student learns these labels, and the
+true ones, on augmented digits. The perceptron learns those that the averages are sure of. The
 student's average is what is scored.
 
-    python sgan_mnist.py                                 # 100 labels, 10 of each digit
-    python sgan_mnist.py --epochs 40 --gan-epochs 40     # the GAN alone, as in the paper
-    python sgan_mnist.py --supervised-only               # the student on labeled digits alone
-    python sgan_mnist.py --num-labeled 30000             # half of the labels
+    python sgan_mnist.py                                   # 100 labels, 10 of each digit
+    python sgan_mnist.py --epochs 40 --student-epochs 0    # the GAN alone
+    python sgan_mnist.py --supervised-only                 # the student on labeled digits alone
+    python sgan_mnist.py --num-labeled 30000               # half of the labels
 
 The unlabeled images are all training images but those of validation, the labeled ones among them.
 What differs from the articles that this follows, and what it scores: .github/RESULTS.md.
@@ -39,9 +39,9 @@ NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-STUDENT_LABELED = 50  # those of them that the student sees
-CONFIDENCE = 0.8  # probability from which on the perceptron learns a label of both networks
-PERCEPTRON_EMA, STUDENT_EMA = 0.9999, 0.99  # decays of the averaged networks
+STUDENT_LABELED = 50  # labeled images in each step of the student
+CONFIDENCE = 0.8  # probability from which on the perceptron learns a label of both averages
+PERCEPTRON_EMA, STUDENT_EMA = 0.9999, 0.99  # highest decays of the averages
 
 
 def parse_args():
@@ -64,14 +64,14 @@ def parse_args():
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the student alone, on labeled images alone")
-    train.add_argument("--epochs", type=number(int, minimum=1), default=20,
-                       help="passes over the unlabeled images")
-    train.add_argument("--gan-epochs", type=number(int, minimum=0), default=12,
-                       help="those of them before the student joins; if all, there is no student")
+    train.add_argument("--epochs", type=number(int, minimum=1), default=12,
+                       help="passes of the GAN alone over the unlabeled images")
+    train.add_argument("--student-epochs", type=number(int, minimum=0), default=8,
+                       help="further passes, of the GAN and the student; 0: there is no student")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
                        help="unlabeled images in each step, and generated ones")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
-                       help="Adam learning rate; the student's falls to 0 over its second half")
+                       help="Adam learning rate; the student's falls to 0 in its second half")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
@@ -122,7 +122,7 @@ def read_data(args, device):
 
 
 def augment(x, strength):
-    """Redraw each digit a little differently, differentiable; (N, 1, 28, 28) -> the same.
+    """Redraw each digit a little differently; (N, 1, 28, 28) -> the same.
 
     Strength 1: shifts up to 2 pixels, turns up to 14 degrees, sides from 17% shorter to 25% longer,
     shear up to 17 degrees, a smooth warp (standard deviation 1 pixel at 5 x 5 nodes), strokes
@@ -202,7 +202,7 @@ class Perceptron(nn.Module):
 
     @torch.no_grad()
     def standardise(self, x):
-        """Give each unit mean 0 and deviation 1 on images x (N, 1, 28, 28) before its nonlinearity.
+        """Give each unit mean 0 and deviation 1, before its nonlinearity, on x (N, 1, 28, 28).
 
         The scales g of the hidden units stay fixed from then on (Salimans and Kingma 2016,
         arXiv:1602.07868, section 3, and the code of Salimans et al.).
@@ -211,7 +211,7 @@ class Perceptron(nn.Module):
         for layer in [*self.hidden, self.head]:
             std, mean = torch.std_mean(layer(h), dim=0)
             layer.parametrizations.weight.original0 /= std[:, None]
-            layer.bias -= mean / std
+            layer.bias.copy_((layer.bias - mean) / std)
             h = self.noisy(F.relu(layer(h)), 0.5)
         for layer in self.hidden:
             layer.parametrizations.weight.original0.requires_grad_(False)
@@ -238,8 +238,7 @@ class Student(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, NUM_CLASSES))
 
     def forward(self, x):
-        x = ((x - 0.13) / 0.31).contiguous(memory_format=torch.channels_last)
-        features = self.layers(x)
+        features = self.layers((x - 0.13) / 0.31)
         return self.head(features), features
 
 
@@ -255,10 +254,8 @@ def update_average(average, network, decay, step):
 
 def main():
     args = parse_args()
-    if args.gan_epochs > args.epochs:
-        die(f"--gan-epochs {args.gan_epochs} is more than --epochs {args.epochs}")
-    if args.supervised_only and args.gan_epochs == args.epochs:
-        die("--supervised-only trains the student, so --gan-epochs must be less than --epochs")
+    if args.supervised_only and args.student_epochs == 0:
+        die("--supervised-only trains the student, so --student-epochs must be at least 1")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
@@ -271,8 +268,7 @@ def main():
     # ---- networks, optimizers, and the average of each classifier ----
     perceptron, generator = Perceptron().to(device), Generator().to(device)
     student = Student().to(device).to(memory_format=torch.channels_last)
-    some = torch.randperm(len(x_unlabeled), device=device)[:500]
-    perceptron.standardise(x_unlabeled[some] / 255)
+    perceptron.standardise(x_unlabeled[torch.randperm(len(x_unlabeled), device=device)[:500]] / 255)
     perceptron_ema, student_ema = (deepcopy(network).requires_grad_(False).eval()
                                    for network in (perceptron, student))
     # eps: the code of Salimans et al. adds 1e-8 within the square root, torch adds it after
@@ -287,8 +283,7 @@ def main():
     run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
     steps_per_epoch = len(x_unlabeled) // args.batch_size
-    gan_epochs = 0 if args.supervised_only else args.gan_epochs
-    student_epochs = args.epochs - args.gan_epochs
+    gan_epochs, student_epochs = 0 if args.supervised_only else args.epochs, args.student_epochs
     if args.dry_run:
         gan_epochs, student_epochs = min(1, gan_epochs), min(1, student_epochs)
         steps_per_epoch = min(2, steps_per_epoch)
@@ -312,8 +307,7 @@ def main():
                 x_other = x_unlabeled[other_order[i]] / 255  # (N, 1, 28, 28)
                 z = torch.rand(args.batch_size, LATENT_DIM, device=device)
                 with autocast:
-                    x_fake = generator(z)
-                x_fake = x_fake.float()  # (N, 1, 28, 28), for both updates
+                    x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
                 # ---- both averages label the digits together ----
                 if with_student:
@@ -335,11 +329,10 @@ def main():
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
                 # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                if with_student:  # -E [x is picked] log p(label of both | x)
+                if with_student:  # -E [x is picked] log p(label by both averages | x)
                     loss_con = (F.cross_entropy(logits_unl.float(), y_both, reduction="none")
                                 * picked).mean()
                     loss_d = loss_d + loss_con
-                    losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -355,22 +348,24 @@ def main():
                 loss_g.backward(inputs=list(generator.parameters()))
                 opt_g.step()
                 update_average(perceptron_ema, perceptron, PERCEPTRON_EMA, step)
-                losses |= {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
-                           "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                           "monitor/p_real_fake": r_fake.sigmoid().mean()}
+                losses = {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
+                          "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                          "monitor/p_real_fake": r_fake.sigmoid().mean()}
 
-            # ---- student: true labels, and those of both networks, on augmented digits ----
+            # ---- student: true labels, and those of both averages, on augmented digits ----
             if with_student:
                 falling = min(1, 2 * (1 - student_step / student_steps))  # over its second half
                 opt_s.param_groups[0]["lr"] = args.lr * falling
                 student_step += 1
                 m = min(STUDENT_LABELED, len(x_lab))
                 x = x_lab[:m] if args.supervised_only else torch.cat([x_lab[:m], x_unl])
+                x = augment(x, args.augmentation)  # (m + N, 1, 28, 28)
                 with autocast:
-                    logits, _ = student(augment(x, args.augmentation))  # (m + N, K)
+                    logits, _ = student(x)  # (m + N, K)
                 loss_s = labeled_loss(logits[:m], y_lab[:m])  # -E log p(y | augmented x)
                 if not args.supervised_only:
                     loss_s = loss_s + labeled_loss(logits[m:], y_both)
+                    losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()
@@ -382,8 +377,8 @@ def main():
         epoch_means = means.take()  # waits for the device
         images_seen = steps_per_epoch * (m if args.supervised_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
-        network, average = ((student, student_ema) if with_student
-                            else (perceptron, perceptron_ema))
+        network, average = ((student, student_ema) if with_student else
+                            (perceptron, perceptron_ema))
         with autocast:
             scores = evaluate(network, held_out(val), NUM_CLASSES)
             scores_ema = evaluate(average, held_out(val), NUM_CLASSES)

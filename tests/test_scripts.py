@@ -62,7 +62,7 @@ def test_run_ends_with_its_result(run):
     assert (results["script"], results["method"]) == (run.script, run.method)
     assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
     assert results["split_seed"] == (None if run.data == "pets" else args["split_seed"])
-    assert results["epochs"] == (4 if run.data == "mnist" else run.epochs)
+    assert results["epochs"] == (2 if run.data == "mnist" else run.epochs)
     assert results["steps"] == run.warmup_steps + run.epochs * run.steps_per_epoch
     assert results["device"] == "cpu" and results["torch"] == torch.__version__
     assert results["seconds"] > 0
@@ -184,8 +184,7 @@ def good_flags(mnist, svhn, pets):
 @pytest.mark.parametrize("name, flags, steps", [
     # two steps of the GAN or a warm-up, and two more; or the one that all unlabeled images make
     ("sgan_mnist", [], 4), ("sgan_mnist", ["--batch-size", 500], 2),
-    ("sgan_mnist", ["--supervised-only"], 2), ("sgan_mnist", ["--gan-epochs", 4], 2),
-    ("sgan_mnist", ["--gan-epochs", 0], 2),
+    ("sgan_mnist", ["--supervised-only"], 2), ("sgan_mnist", ["--student-epochs", 0], 2),
     ("sgan_svhn", [], 4), ("sgan_svhn", ["--batch-size", 400], 3),
     ("sgan_svhn", ["--supervised-only"], 4), ("sgan_svhn", ["--warmup-steps", 0], 2),
     ("sgan_catsdogs", [], 2), ("sgan_catsdogs", ["--batch-size", 48], 1),
@@ -237,7 +236,7 @@ def test_mat_file_of_the_official_size_is_read_in_seconds(tmp_path):
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
                 "--batch-size", "--lr", "--split-seed", "--gan-weight", "--augmentation"]
 NOT_OF_MNIST = ["--consistency-weight", "--real-logit", "--generator-loss", "--ema-decay"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--gan-epochs"],
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--student-epochs"],
          "sgan_svhn": [*COMMON_FLAGS, *NOT_OF_MNIST, "--data-dir", "--num-labeled",
                        "--warmup-steps", "--real-label-smoothing"],
          "sgan_catsdogs": [
