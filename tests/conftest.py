@@ -30,6 +30,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from scipy.io import loadmat, savemat
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.optim.optimizer import (register_optimizer_step_post_hook,
+                                   register_optimizer_step_pre_hook)
 
 from common import balanced_split, dali_loader
 from tests.cartoons import write_pets
@@ -140,6 +143,61 @@ def new_classifier(name, num_classes=2):
         return script.Student()
     arguments = {"sgan_catsdogs": (num_classes, 32, "logsumexp")}.get(name, ("logsumexp",))
     return script.Classifier(*arguments)
+
+
+# ================================ training seen through torch's hooks =============================
+
+
+def copied(tensors):
+    return {name: tensor.detach().clone() for name, tensor in tensors}
+
+
+def gradients(network):
+    return {name: None if p.grad is None else p.grad.clone()
+            for name, p in network.named_parameters()}
+
+
+def changed(before, after):
+    """Names of the tensors that are not the same bit for bit, None included."""
+    return {name for name, old in before.items()
+            if (old is None) != (after[name] is None)
+            or (old is not None and not torch.equal(old, after[name]))}
+
+
+@contextlib.contextmanager
+def hooked(before_forward, after_forward, before_update, after_update):
+    """Within it, torch calls these at each pass of any module and each step of any optimizer."""
+    handles = [register_module_forward_pre_hook(before_forward),
+               register_module_forward_hook(after_forward),
+               register_optimizer_step_pre_hook(before_update),
+               register_optimizer_step_post_hook(after_update)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def find(images, known):
+    """The index in known of each image, which is there up to rounding."""
+    distance, index = torch.cdist(images.double().flatten(1), known.double().flatten(1)).min(dim=1)
+    assert (distance < 0.01).all()
+    return index
+
+
+def real_gradient(logits, target):
+    """That of -log D(x), target 1, or -log(1 - D(x)), target 0, by the logits: (N, K)."""
+    z = logits.exp().sum(dim=1, keepdim=True)
+    return (z / (1 + z) - target) * logits.softmax(dim=1)
+
+
+def averaged(average, states, decay):
+    """The moving average, from its first value on, of a network's state after each step."""
+    for n, state in enumerate(states, 1):
+        share = min(decay, (1 + n) / (10 + n))
+        average = {name: share * average[name].double() + (1 - share) * now.double()
+                   if now.is_floating_point() else now for name, now in state.items()}
+    return average
 
 
 # ======================================== small data sets =========================================

@@ -37,8 +37,8 @@ NOT_OF_MNIST = {"--consistency-weight": BELOW_ZERO, "--ema-decay": [-0.1, 1, "na
 OWN_NUMBERS = [*((name, flag, values) for name in ("sgan_svhn", "sgan_catsdogs")
                  for flag, values in NOT_OF_MNIST.items()),
                ("sgan_mnist", "--student-epochs", [-1]), ("sgan_svhn", "--warmup-steps", [-1]),
-               ("sgan_catsdogs", "--rotation-weight", BELOW_ZERO),
                ("sgan_svhn", "--real-label-smoothing", [-0.1, 1.1, "nan"]),
+               ("sgan_catsdogs", "--rotation-weight", BELOW_ZERO),
                ("sgan_catsdogs", "--image-size", [0, -32, 31]),
                ("sgan_catsdogs", "--lr-generator", NOT_ABOVE),
                ("sgan_catsdogs", "--labels-per-class", [0]),

@@ -8,32 +8,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import (register_optimizer_step_post_hook,
-                                   register_optimizer_step_pre_hook)
 
 import sgan_mnist
 from common import balanced_split
-from tests.conftest import read_csv, read_part, same_bits, train
+from tests.conftest import (averaged, changed, copied, find, gradients, hooked, read_csv, read_part,
+                            real_gradient, same_bits, train)
 
 N, LABELED, GAN_WEIGHT = 160, 10, 0.7  # unlabeled images and labeled ones in a step
 NETWORKS = (sgan_mnist.Perceptron, sgan_mnist.Generator, sgan_mnist.Student)
-
-
-def weights_of(network):
-    return {name: p.detach().clone() for name, p in network.named_parameters()}
-
-
-def gradients_of(network):
-    return {name: None if p.grad is None else p.grad.clone()
-            for name, p in network.named_parameters()}
-
-
-def changed(before, after):
-    """Names of the tensors that are not the same bit for bit, None included."""
-    return {name for name, old in before.items()
-            if (old is None) != (after[name] is None)
-            or (old is not None and not torch.equal(old, after[name]))}
 
 
 def watch(*flags, out_dir="runs"):
@@ -50,8 +32,8 @@ def watch(*flags, out_dir="runs"):
         name = type(module).__name__
         if isinstance(module, NETWORKS) and module.training and name not in networks:
             networks[name] = module
-            module.at_first = {n: t.clone() for n, t in module.state_dict().items()}
-            latest[name] = gradients_of(module)
+            module.at_first = copied(module.state_dict().items())
+            latest[name] = gradients(module)
 
     def after_forward(module, inputs, outputs):
         if not isinstance(module, NETWORKS):
@@ -71,28 +53,20 @@ def watch(*flags, out_dir="runs"):
                     if any(p is weight for p in net.parameters()))
         events.append(SimpleNamespace(
             name=name, update=True, training=True, lr=optimizer.param_groups[0]["lr"],
-            before={n: weights_of(net) for n, net in networks.items()},
-            new_gradients={n: changed(latest[n], gradients_of(net))
+            before={n: copied(net.named_parameters()) for n, net in networks.items()},
+            new_gradients={n: changed(latest[n], gradients(net))
                            for n, net in networks.items()}))
-        latest.update({n: gradients_of(net) for n, net in networks.items()})
+        latest.update({n: gradients(net) for n, net in networks.items()})
 
     def after_update(optimizer, args, kwargs):
         update = events[-1]
-        update.moved = {n: changed(update.before[n], weights_of(net))
+        update.moved = {n: changed(update.before[n], dict(net.named_parameters()))
                         for n, net in networks.items()}
-        update.state = {n: t.clone() for n, t in networks[update.name].state_dict().items()}
+        update.state = copied(networks[update.name].state_dict().items())
 
-    handles = [register_module_forward_pre_hook(before_forward),
-               register_module_forward_hook(after_forward),
-               register_optimizer_step_pre_hook(before_update),
-               register_optimizer_step_post_hook(after_update)]
-    try:
+    with hooked(before_forward, after_forward, before_update, after_update):
         folder, _ = train("sgan_mnist", "--device", "cpu", "--num-labeled", LABELED,
-                                "--batch-size", N, "--gan-weight", GAN_WEIGHT, *flags,
-                                out_dir=out_dir)
-    finally:
-        for handle in handles:
-            handle.remove()
+                          "--batch-size", N, "--gan-weight", GAN_WEIGHT, *flags, out_dir=out_dir)
     first = "Student" if "--supervised-only" in flags else "Generator"
     starts = [i for i, e in enumerate(events)
               if e.name == first and e.training and not e.update]
@@ -132,13 +106,6 @@ def parts(step):
     return SimpleNamespace(fakes=fakes, together=together, of_fakes=of_fakes, of_others=of_others)
 
 
-def find(images, known):
-    """The index in known of each image, which is there up to rounding."""
-    distance, index = torch.cdist(images.double().flatten(1), known.double().flatten(1)).min(dim=1)
-    assert (distance < 0.01).all()
-    return index
-
-
 def taught(step):
     """The labels (N,) that the averages give together, and their probability, in float64."""
     asked = [e for e in step if not e.training]
@@ -176,12 +143,6 @@ def test_the_perceptron_sees_all_images_at_once_and_others_for_the_generator(wat
     assert not torch.equal(seen[0], others[0])
 
 
-def real_gradient(logits, target):
-    """That of -log D(x), target 1, or -log(1 - D(x)), target 0, by the logits: (N, K)."""
-    z = logits.exp().sum(dim=1, keepdim=True)
-    return (z / (1 + z) - target) * logits.softmax(dim=1)
-
-
 def test_the_perceptron_minimises_its_losses(steps, digits):
     for step in steps:
         together = parts(step).together
@@ -217,7 +178,7 @@ def test_updates_move_their_own_network_and_never_the_hidden_scales(watched):
     updates = [e for step in watched.steps for e in step if e.update]
     assert len(updates) == 2 * 2 + 4 * 3
     for update in updates:
-        own = set(weights_of(watched.networks[update.name])) - scales
+        own = set(dict(watched.networks[update.name].named_parameters())) - scales
         for name in update.moved:
             assert update.moved[name] == (own if name == update.name else set())
             assert update.new_gradients[name] == (own if name == update.name else set())
@@ -264,25 +225,14 @@ def test_the_student_learns_true_labels_and_those_of_both_averages(watched, digi
         assert float(row["loss/student"]) == pytest.approx(sum(losses) / 2, rel=1e-3)
 
 
-def averaged(network, states, decay):
-    """The moving average of a network's state after each step, in float64."""
-    average = network.at_first
-    for n, state in enumerate(states, 1):
-        share = min(decay, (1 + n) / (10 + n))
-        for name, now in state.items():
-            average[name] = (share * average[name].double() + (1 - share) * now.double()
-                             if now.is_floating_point() else now)
-    return average
-
-
 @pytest.mark.parametrize("epochs, name, decay", [((2, 0), "Perceptron", 0.1),
                                                  ((1, 1), "Student", 0.05)])
 def test_final_weights_are_the_moving_average(epochs, name, decay, mnist, monkeypatch):
     monkeypatch.setattr(sgan_mnist, "PERCEPTRON_EMA", 0.1)  # less than at first in any case
     monkeypatch.setattr(sgan_mnist, "STUDENT_EMA", 0.05)
     seen = watch("--data-dir", mnist, "--epochs", epochs[0], "--student-epochs", epochs[1])
-    average = averaged(seen.networks[name], [e.state for step in seen.steps for e in step
-                                             if e.update and e.name == name], decay)
+    states = [e.state for step in seen.steps for e in step if e.update and e.name == name]
+    average = averaged(seen.networks[name].at_first, states, decay)
     assert set(seen.final["classifier"]) == set(average)
     for key, weights in seen.final["classifier"].items():
         torch.testing.assert_close(weights.double(), average[key].double(), rtol=1e-4, atol=1e-5)

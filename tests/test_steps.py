@@ -11,12 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.optim.optimizer import (register_optimizer_step_post_hook,
-                                   register_optimizer_step_pre_hook)
 
 from common import balanced_split, bf16_autocast
-from tests.conftest import (CPU, SCRIPTS, new_classifier, photo_folders, read_csv, read_part,
+from tests.conftest import (CPU, SCRIPTS, averaged, changed, copied, find, gradients, hooked,
+                            new_classifier, photo_folders, read_csv, read_part, real_gradient,
                             same_bits, train)
 
 # ==================================== runs of two steps an epoch ==================================
@@ -43,22 +41,6 @@ def few_steps(svhn, pets):
                "--batch-size", 160, "--epochs", 1, "--warmup-steps", 0],
         labeled=(x[labeled], y[labeled]), unlabeled=x[torch.cat([labeled, others])])
     return {"sgan_svhn": digits, "sgan_catsdogs": photos}
-
-
-def copied(tensors):
-    return {name: tensor.detach().clone() for name, tensor in tensors}
-
-
-def gradients(network):
-    return {name: None if p.grad is None else p.grad.clone()
-            for name, p in network.named_parameters()}
-
-
-def changed(before, after):
-    """Names of the tensors that are not the same bit for bit, None included."""
-    return {name for name, old in before.items()
-            if (old is None) != (after[name] is None)
-            or (old is not None and not torch.equal(old, after[name]))}
 
 
 def watch(name, flags, out_dir="runs"):
@@ -121,15 +103,8 @@ def watch(name, flags, out_dir="runs"):
             for n, net in networks.items()}
         steps[-1].state = copied(networks["Classifier"].state_dict().items())
 
-    handles = [register_module_forward_pre_hook(before_forward),
-               register_module_forward_hook(after_forward),
-               register_optimizer_step_pre_hook(before_update),
-               register_optimizer_step_post_hook(after_update)]
-    try:
+    with hooked(before_forward, after_forward, before_update, after_update):
         folder, results = train(name, *flags, out_dir=out_dir)
-    finally:
-        for handle in handles:
-            handle.remove()
     assert len(steps) == results["steps"]
     return SimpleNamespace(name=name, script=script, networks=networks, steps=steps,
                            row=read_csv(folder / "metrics.csv")[-1],
@@ -152,13 +127,6 @@ def watched(request, few_steps, tmp_path_factory):
     seen.warm_up, seen.gan_steps = ((seen.steps[:WARM_UP], seen.steps[WARM_UP:])
                                     if request.param == "sgan_svhn" else ([], seen.steps))
     return seen
-
-
-def find(images, known):
-    """The index in known of each image, which is there up to rounding."""
-    distance, index = torch.cdist(images.double().flatten(1), known.double().flatten(1)).min(dim=1)
-    assert (distance < 0.01).all()
-    return index
 
 
 def test_steps_pass_labeled_unlabeled_and_fake_images_apart(watched):
@@ -253,12 +221,6 @@ def test_teacher_labels_some_images_as_they_are(watched):
             assert 0 < taught(watched, n).sum() < len(teacher.x)
 
 
-def real_gradient(seen, target):
-    """N times that of -log D(x), target 1, or -log(1 - D(x)), target 0, by the logits: (N, K)."""
-    z = seen.logits.exp().sum(dim=1, keepdim=True)
-    return (z / (1 + z) - target) * seen.logits.softmax(dim=1)
-
-
 def test_classifier_minimises_the_losses_with_their_weights(watched):
     nothing = [None] * len(watched.warm_up)
     steps = [*watched.gan_steps, *watched.warm_up]
@@ -282,9 +244,9 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
                 torch.testing.assert_close(seen.grad_features, expected, rtol=0.05, atol=1e-3)
                 continue
             elif kind == "fake":
-                expected = GAN_WEIGHT * 0.5 * real_gradient(seen, 0)
+                expected = GAN_WEIGHT * 0.5 * real_gradient(seen.logits, 0)
             elif kind == "unlabeled":
-                expected = GAN_WEIGHT * 0.5 * real_gradient(seen, 1)
+                expected = GAN_WEIGHT * 0.5 * real_gradient(seen.logits, 1)
                 if watched.name == "sgan_svhn":
                     expected += CONSISTENCY_WEIGHT * (label.sum(dim=1, keepdim=True) * p - label)
             else:
@@ -333,12 +295,8 @@ def test_logged_losses_are_those_of_the_outputs(watched):
 
 
 def test_final_weights_are_the_moving_average(watched):
-    average = watched.networks["Classifier"].at_first
-    for n, step in enumerate(watched.steps, 1):
-        decay = min(0.4, (1 + n) / (10 + n))
-        for name, now in step.state.items():
-            average[name] = (decay * average[name].double() + (1 - decay) * now.double()
-                             if now.is_floating_point() else now)
+    average = averaged(watched.networks["Classifier"].at_first,
+                       [step.state for step in watched.steps], 0.4)
     for name, weights in watched.final["classifier"].items():
         torch.testing.assert_close(weights.double(), average[name].double(), rtol=1e-5, atol=1e-6)
     generator = copied(watched.networks["Generator"].state_dict().items())
