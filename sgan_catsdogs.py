@@ -598,7 +598,9 @@ def main():
                 # labeled and picked photos, strongly augmented: (n + picked, 3, S, S)
                 x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
                 x_gan = augment(x_unl, strength)  # (N, 3, S, S)
-                x_turned, quarters = turn(x_gan[::2])  # (N/2, 3, S, S), (N/2,)
+                # every other photo; where that loss is off, two, as batch norm needs a variance
+                upright = x_gan[::2] if args.rotation_weight else x_gan[:2]
+                x_turned, quarters = turn(upright)  # (N/2, 3, S, S), (N/2,)
                 with autocast:
                     with frozen_statistics(classifier, frozen):
                         logits_taught, _, _ = classifier(x_taught)  # (n + picked, K)

@@ -145,6 +145,7 @@ def test_steps_pass_labeled_unlabeled_and_fake_images_apart(watched):
             picked = taught(watched, n).sum(dim=1) > 0
             assert find(step.passes["labeled"].x[8:], watched.data.unlabeled).equal(
                 seen[-1][picked])
+            assert len(step.passes["turned"].x) == len(seen[-1]) // 2
             for k, x in enumerate(step.passes["turned"].x):
                 upright = step.passes["unlabeled"].x[2 * k].permute(1, 2, 0).numpy()
                 assert np.array_equal(x.permute(1, 2, 0).numpy(), np.rot90(upright, k % 4))
