@@ -10,10 +10,16 @@ perceptron and student label the unlabeled digits together. The student learns t
 true ones, on augmented digits. The perceptron learns those that the averages are sure of. The
 student's average is what is scored.
 
+With --good-generator a second generator draws digits of a class to order (Triple-GAN, Li et al.
+2017, arXiv:1703.02291). A pair discriminator tells its pairs of digit and class from real pairs,
+and the perceptron learns from them. Beside the GAN that is UGAN (Li et al. 2019, arXiv:1910.08540).
+
     python sgan_mnist.py                                   # 100 labels, 10 of each digit
     python sgan_mnist.py --epochs 40 --student-epochs 0    # the GAN alone
     python sgan_mnist.py --supervised-only                 # the student on labeled digits alone
     python sgan_mnist.py --num-labeled 30000               # half of the labels
+    python sgan_mnist.py --good-generator                  # UGAN
+    python sgan_mnist.py --good-generator --gan-weight 0   # Triple-GAN
 
 The unlabeled images are all training images but those of validation, the labeled ones among them.
 What differs from the articles that this follows, and what it scores: .github/RESULTS.md.
@@ -32,8 +38,8 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
-                    labeled_loss, number, pick_device, plot_confusion, plot_predictions, real_logit,
-                    save_samples, say, unlabeled_loss)
+                    fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
+                    real_logit, save_samples, say, unlabeled_loss)
 
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
@@ -41,7 +47,8 @@ LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
 STUDENT_LABELED = 50  # labeled images in each step of the student
 CONFIDENCE = 0.8  # probability from which on the perceptron learns a label of both averages
-PERCEPTRON_EMA, STUDENT_EMA = 0.9999, 0.99  # highest decays of the averages
+PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999  # highest decays of the averages
+MADE_WEIGHT = 0.1  # of the loss of the perceptron on digits made to order
 
 
 def parse_args():
@@ -74,6 +81,8 @@ def parse_args():
                        help="Adam learning rate; the student's falls to 0 in its second half")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+    train.add_argument("--good-generator", action="store_true",
+                       help="train a generator of digits of a given class beside the GAN's")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
                        help="strength of the student's augmentation, from 0, none, to 1")
     return parser.parse_args()
@@ -161,13 +170,14 @@ def linear(n_in, n_out):
 class Generator(nn.Module):
     """z (N, latent_dim) -> images (N, 1, 28, 28) in [0, 1], as in the MNIST code of Salimans et al.
 
-    Weight norm of the last layer matters: without it the perceptron wins within an epoch.
+    A good generator gets z and its class, one-hot, side by side. Weight norm of the last layer
+    matters: without it the perceptron wins within an epoch.
     """
 
-    def __init__(self):
+    def __init__(self, num_inputs=LATENT_DIM):
         super().__init__()
         self.layers = nn.Sequential(
-            nn.Linear(LATENT_DIM, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
+            nn.Linear(num_inputs, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
             nn.Linear(500, 500, bias=False), nn.BatchNorm1d(500), nn.Softplus(),
             linear(500, 28 * 28), nn.Sigmoid(), nn.Unflatten(1, (1, 28, 28)),
         )
@@ -242,6 +252,11 @@ class Student(nn.Module):
         return self.head(features), features
 
 
+def at(logits, y):
+    """Of each row of logits (N, K) that of its label y (N,) -> (N,)."""
+    return logits.gather(1, y[:, None])[:, 0]
+
+
 # ============================================ training ============================================
 
 
@@ -256,6 +271,8 @@ def main():
     args = parse_args()
     if args.supervised_only and args.student_epochs == 0:
         die("--supervised-only trains the student, so --student-epochs must be at least 1")
+    if args.supervised_only and args.good_generator:
+        die("--good-generator needs the unlabeled images, so leave out --supervised-only")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
@@ -277,6 +294,16 @@ def main():
                     for network in (perceptron, generator))
     opt_s = torch.optim.Adam(student.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.rand(100, LATENT_DIM, device=device)
+    if args.good_generator:  # only then, so that other runs keep their random numbers
+        # logit k of the pair discriminator says how real the pair of an image and class k is
+        pair_d, good = Perceptron().to(device), Generator(LATENT_DIM + NUM_CLASSES).to(device)
+        pair_d.standardise(x_unlabeled[:500] / 255)
+        good_ema = deepcopy(good).requires_grad_(False).eval()
+        opt_pair_d, opt_good = (
+            torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 1e-3,
+                             betas=(0.5, 0.999), fused=True) for network in (pair_d, good))
+        of_each_class = torch.arange(100, device=device) // 10  # (100,) a row of samples a class
+        fixed_pairs = torch.cat([fixed_z, F.one_hot(of_each_class, NUM_CLASSES)], dim=1)
     autocast = bf16_autocast(device)
 
     # ---- the run's folder, and the number of steps ----
@@ -309,30 +336,63 @@ def main():
                 with autocast:
                     x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
-                # ---- both averages label the digits together ----
-                if with_student:
+                # ---- the averages label the digits, both together once there are two ----
+                if with_student or args.good_generator:
                     with torch.no_grad(), autocast:
-                        logits_both = (perceptron_ema(x_unl)[0].float()
-                                       + student_ema(x_unl)[0].float()) / 2  # (N, K)
-                    p_both, y_both = logits_both.softmax(dim=1).max(dim=1)  # (N,)
-                    picked = p_both > CONFIDENCE  # (N,) the perceptron learns these only
+                        logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
+                        if with_student:
+                            logits_ema = (logits_ema + student_ema(x_unl)[0].float()) / 2
+                    p_ema = logits_ema.softmax(dim=1)  # (N, K)
+                    p_max, y_ema = p_ema.max(dim=1)  # (N,)
+                    picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
+
+                # ---- good generator: pairs (x, y) real, (G(z, y), y) fake; Li et al. 2017 ----
+                if args.good_generator:
+                    y_made = torch.arange(len(z), device=device) % NUM_CLASSES  # (N,) made to order
+                    with autocast:
+                        x_made = good(torch.cat([z, F.one_hot(y_made, NUM_CLASSES)], dim=1)).float()
+                        d, _, _ = pair_d(torch.cat([x_lab, x_unl, x_made.detach()]))
+                    d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
+                    # -E log of what is right of each pair, with sigmoid d as probability of "real"
+                    loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled digits
+                                 + 0.9 * unlabeled_loss(at(d_unl, y_ema))  # real: labels of the EMA
+                                 + 0.5 * fake_loss(at(d_made, y_made))  # fake: digits made to order
+                                 # fake: digits with labels drawn from p(y | x)
+                                 + 0.5 * (p_ema * F.softplus(d_unl)).sum(dim=1).mean())
+                    opt_pair_d.zero_grad()
+                    loss_pair.backward()
+                    opt_pair_d.step()
+                    with autocast:
+                        d_made, _, _ = pair_d(x_made)  # (N, K)
+                    loss_good = fool_loss(at(d_made, y_made))  # -E log sigmoid d_y(G(z, y))
+                    opt_good.zero_grad()
+                    loss_good.backward(inputs=list(good.parameters()))
+                    opt_good.step()
+                    update_average(good_ema, good, GOOD_EMA, step)
+                    losses |= {"loss/pair": loss_pair, "loss/good": loss_good}
 
                 # ---- perceptron: labels right, digits real, fakes fake ----
                 # All images pass in one batch, as there is no batch norm to mix them.
-                sizes = len(x_lab), len(x_unl), len(x_fake)
+                images = [x_lab, x_unl, x_fake.detach()]
+                if args.good_generator:
+                    images.append(x_made.detach())
+                sizes = [len(x) for x in images]
                 with autocast:
-                    logits, _, r = perceptron(torch.cat([x_lab, x_unl, x_fake.detach()]))
-                logits_lab, logits_unl, _ = logits.split(sizes)  # (n, K), (N, K)
-                _, r_unl, r_fake = r.split(sizes)  # (N,), (N,)
+                    logits, _, r = perceptron(torch.cat(images))
+                logits_lab, logits_unl, *_ = logits.split(sizes)  # (n, K), (N, K)
+                _, r_unl, r_fake, *_ = r.split(sizes)  # (N,), (N,)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
                 # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                 if with_student:  # -E [x is picked] log p(label by both averages | x)
-                    loss_con = (F.cross_entropy(logits_unl.float(), y_both, reduction="none")
+                    loss_con = (F.cross_entropy(logits_unl.float(), y_ema, reduction="none")
                                 * picked).mean()
                     loss_d = loss_d + loss_con
+                if args.good_generator:  # -E log p(y | G(z, y)), from a quarter of the run on
+                    ramp = min(1, max(0, 4 * step / (epochs * steps_per_epoch) - 1))
+                    loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits[-len(z):], y_made)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
@@ -348,9 +408,9 @@ def main():
                 loss_g.backward(inputs=list(generator.parameters()))
                 opt_g.step()
                 update_average(perceptron_ema, perceptron, PERCEPTRON_EMA, step)
-                losses = {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
-                          "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                          "monitor/p_real_fake": r_fake.sigmoid().mean()}
+                losses |= {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
+                           "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                           "monitor/p_real_fake": r_fake.sigmoid().mean()}
 
             # ---- student: true labels, and those of both averages, on augmented digits ----
             if with_student:
@@ -364,7 +424,7 @@ def main():
                     logits, _ = student(x)  # (m + N, K)
                 loss_s = labeled_loss(logits[:m], y_lab[:m])  # -E log p(y | augmented x)
                 if not args.supervised_only:
-                    loss_s = loss_s + labeled_loss(logits[m:], y_both)
+                    loss_s = loss_s + labeled_loss(logits[m:], y_ema)
                     losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 opt_s.zero_grad()
                 loss_s.backward()
@@ -384,6 +444,8 @@ def main():
             scores_ema = evaluate(average, held_out(val), NUM_CLASSES)
             if not args.supervised_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
+            if args.good_generator:
+                save_samples(good_ema, fixed_pairs, run.dir / "samples" / f"good_{epoch:03d}.png")
         if epoch == gan_epochs + 1:
             best_val = -1.0  # from here on of the student
         for weights, model, scored in (("raw", network, scores), ("ema", average, scores_ema)):
@@ -399,8 +461,9 @@ def main():
                        "images_per_s": round(images_per_s, 1)})
 
     # ============ the end: test images are scored here only, by two sets of weights ============
+    good_generator = {"good_generator": good_ema.state_dict()} if args.good_generator else {}
     run.save("final.pt", {"classifier": average.state_dict(), "weights": "ema", "epoch": epoch,
-                          "generator": generator.state_dict()})
+                          "generator": generator.state_dict(), **good_generator})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
     network.load_state_dict(best["classifier"])
     with autocast:

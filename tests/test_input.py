@@ -60,6 +60,7 @@ def test_numbers_out_of_bounds_are_refused(name, flag, values, assert_refused):
     ("toy_rings", ["--num-labeled", 4000], ["--num-labeled", 4000, 2000]),
     ("sgan_mnist", ["--num-labeled", 100_000], ["--num-labeled", 900]),
     ("sgan_mnist", ["--supervised-only", "--student-epochs", 0], ["--student-epochs"]),
+    ("sgan_mnist", ["--supervised-only", "--good-generator"], ["--good-generator"]),
     ("sgan_svhn", ["--num-labeled", 100_000], ["--num-labeled", 700]),
     *((name, ["--batch-size", 100_000], ["--batch-size"]) for name in SCRIPTS),
     ("sgan_catsdogs", ["--batch-size", 3], ["--batch-size 3 is too small"]),

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import sgan_mnist
 from common import balanced_split
 from tests.conftest import (averaged, changed, copied, find, gradients, hooked, read_csv, read_part,
                             real_gradient, same_bits, train)
+from tests.referee import right_class
 
 N, LABELED, GAN_WEIGHT = 160, 10, 0.7  # unlabeled images and labeled ones in a step
 NETWORKS = (sgan_mnist.Perceptron, sgan_mnist.Generator, sgan_mnist.Student)
@@ -25,12 +27,24 @@ def watch(*flags, out_dir="runs"):
     comes back to the first output. An update has the name, the learning rate, and of each network
     the names of weights that it moves and of gradients that are new since the update before.
     The run's steps hold these events; those of the averages in evaluation are left out.
+    Of two networks of a class the names are those below, in the order of their first passes.
     """
-    networks, events, latest = {}, [], {}
+    networks, events, latest, names = {}, [], {}, {}
+    pair_d = ["pair discriminator"] if "--good-generator" in flags else []
+    left = {"Generator": ["Generator", "good generator"], "Student": ["Student"],
+            "Perceptron": [*pair_d, "Perceptron"]}
+
+    def name_of(module):
+        kind = type(module).__name__
+        if not module.training:  # an average
+            return kind
+        if module not in names:
+            names[module] = left[kind].pop(0)
+        return names[module]
 
     def before_forward(module, inputs):
-        name = type(module).__name__
-        if isinstance(module, NETWORKS) and module.training and name not in networks:
+        if isinstance(module, NETWORKS) and module.training and module not in names:
+            name = name_of(module)
             networks[name] = module
             module.at_first = copied(module.state_dict().items())
             latest[name] = gradients(module)
@@ -38,7 +52,7 @@ def watch(*flags, out_dir="runs"):
     def after_forward(module, inputs, outputs):
         if not isinstance(module, NETWORKS):
             return
-        name = type(module).__name__
+        name = name_of(module)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         seen = SimpleNamespace(name=name, update=False, training=module.training,
                                x=inputs[0].detach(),
@@ -74,7 +88,8 @@ def watch(*flags, out_dir="runs"):
     for start, end in zip(starts, [*starts[1:], len(events)]):
         last = max(i for i in range(start, end) if events[i].update)  # then comes the evaluation
         steps.append(events[start:last + 1])
-    return SimpleNamespace(networks=networks, steps=steps, rows=read_csv(folder / "metrics.csv"),
+    return SimpleNamespace(networks=networks, steps=steps, folder=folder,
+                           rows=read_csv(folder / "metrics.csv"),
                            final=torch.load(folder / "final.pt", weights_only=True))
 
 
@@ -91,6 +106,13 @@ def watched(mnist, tmp_path_factory):
     """An epoch of the GAN alone, of two steps, and two with the student; nothing is augmented."""
     return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 1, "--student-epochs", 2,
                  "--lr", 0.002, out_dir=tmp_path_factory.mktemp("watched") / "runs")
+
+
+@pytest.fixture(scope="module")
+def made(mnist, tmp_path_factory):
+    """The same, with a good generator, and one epoch of the student less: four steps."""
+    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 1, "--student-epochs", 1,
+                 "--good-generator", out_dir=tmp_path_factory.mktemp("made") / "runs")
 
 
 @pytest.fixture(params=["alone", "with student"])
@@ -173,15 +195,16 @@ def test_the_perceptron_learns_what_both_averages_are_sure_of(mnist):
         assert float(seen.rows[-1][name]) == pytest.approx(sum(values).item() / 2, rel=1e-3), name
 
 
-def test_updates_move_their_own_network_and_never_the_hidden_scales(watched):
+def test_updates_move_their_own_network_and_never_the_hidden_scales(watched, made):
     scales = {f"hidden.{i}.parametrizations.weight.original0" for i in range(5)}
-    updates = [e for step in watched.steps for e in step if e.update]
-    assert len(updates) == 2 * 2 + 4 * 3
-    for update in updates:
-        own = set(dict(watched.networks[update.name].named_parameters())) - scales
-        for name in update.moved:
-            assert update.moved[name] == (own if name == update.name else set())
-            assert update.new_gradients[name] == (own if name == update.name else set())
+    for run, count in ((made, 2 * 4 + 2 * 5), (watched, 2 * 2 + 4 * 3)):
+        updates = [e for step in run.steps for e in step if e.update]
+        assert len(updates) == count
+        for update in updates:
+            own = set(dict(run.networks[update.name].named_parameters())) - scales
+            for name in update.moved:
+                assert update.moved[name] == (own if name == update.name else set())
+                assert update.new_gradients[name] == (own if name == update.name else set())
     rates = {name: [e.lr for e in updates if e.name == name] for name in watched.networks}
     assert rates["Perceptron"] == rates["Generator"] == [0.002] * 6
     assert rates["Student"] == pytest.approx([0.002, 0.002, 0.002, 0.001])
@@ -204,6 +227,93 @@ def test_logged_losses_are_those_of_the_outputs(watched, digits):
         for name in logged[0]:
             mean = sum(values[name].item() for values in logged) / 2
             assert float(row[name]) == pytest.approx(mean, rel=1e-3, abs=1e-6), name
+
+
+# ======================================= the good generator =======================================
+
+
+def pairs(step):
+    """Of a step: passes of the good generator, and of the pair discriminator for both updates."""
+    [good] = [e for e in step if e.name == "good generator" and not e.update]
+    for_pair_d, for_good = (e for e in step if e.name == "pair discriminator" and not e.update)
+    return SimpleNamespace(good=good, for_pair_d=for_pair_d, for_good=for_good)
+
+
+def asked_for(step):
+    """The classes (N,) that the good generator is asked for."""
+    z, one_hot = pairs(step).good.x.split([100, 10], dim=1)
+    assert 0 <= z.min() and z.max() < 1 and torch.equal(one_hot.sum(dim=1), torch.ones(N))
+    y = one_hot.argmax(dim=1)
+    assert y.bincount().tolist() == [N // 10] * 10
+    return y
+
+
+def test_pairs_are_real_digits_and_digits_made_to_order(made, digits):
+    for step in made.steps:
+        of = pairs(step)
+        x_lab, x_unl, x_made = of.for_pair_d.x.split([LABELED, N, N])
+        together = parts(step).together.x
+        assert torch.equal(together[:LABELED + N], torch.cat([x_lab, x_unl]))
+        assert torch.equal(together[-N:], x_made) and torch.equal(of.for_good.x, x_made)
+        torch.testing.assert_close(x_made.double(), of.good.outputs[0].view_as(x_made), rtol=0,
+                                   atol=1e-6)
+        find(x_unl, digits.unlabeled)
+
+
+def test_the_pair_discriminator_and_the_good_generator_minimise_their_losses(made, digits):
+    logged = []
+    for step in made.steps:
+        of = pairs(step)
+        d = of.for_pair_d.outputs[0]
+        y_lab = F.one_hot(digits.y[find(of.for_pair_d.x[:LABELED], digits.x)], 10).double()
+        y_made = F.one_hot(asked_for(step), 10).double()
+        p = torch.stack([e.outputs[0] for e in step if not e.training]).mean(dim=0).softmax(dim=1)
+        y_unl = F.one_hot(p.argmax(dim=1), 10).double()  # the labels of the averages
+        real = torch.cat([0.1 * y_lab / LABELED, 0.9 * y_unl / N, 0 * y_made])
+        fake = torch.cat([0 * y_lab, 0.5 * p / N, 0.5 * y_made / N])
+        expected = real * (d.sigmoid() - 1) + fake * d.sigmoid()
+        torch.testing.assert_close(of.for_pair_d.grad, expected, rtol=0.02, atol=1e-6)
+        d_made = of.for_good.outputs[0]
+        torch.testing.assert_close(of.for_good.grad, y_made * (d_made.sigmoid() - 1) / N,
+                                   rtol=0.02, atol=1e-6)
+        logged.append({"loss/pair": -(real * F.logsigmoid(d) + fake * F.logsigmoid(-d)).sum(),
+                       "loss/good": -(y_made * F.logsigmoid(d_made)).sum() / N})
+    for row, one, other in zip(made.rows, logged[::2], logged[1::2], strict=True):
+        for name in one:
+            assert float(row[name]) == pytest.approx((one[name] + other[name]).item() / 2, rel=1e-3)
+
+
+def test_the_perceptron_learns_digits_made_to_order_from_a_quarter_of_the_run_on(made):
+    for step, ramp in zip(made.steps, (0, 1, 1, 1), strict=True):
+        together = parts(step).together
+        expected = together.outputs[0][-N:].softmax(dim=1) - F.one_hot(asked_for(step), 10)
+        torch.testing.assert_close(together.grad[-N:], sgan_mnist.MADE_WEIGHT * ramp * expected / N,
+                                   rtol=0.02, atol=1e-6)
+
+
+def test_the_final_good_generator_is_the_moving_average_and_its_samples_are_kept(mnist,
+                                                                                  monkeypatch):
+    monkeypatch.setattr(sgan_mnist, "GOOD_EMA", 0.1)  # less than at first in any case
+    seen = watch("--data-dir", mnist, "--good-generator", "--epochs", 2, "--student-epochs", 0)
+    states = [e.state for step in seen.steps for e in step if e.update and "good" in e.name]
+    average = averaged(seen.networks["good generator"].at_first, states, 0.1)
+    assert set(seen.final["good_generator"]) == set(average)
+    for key, weights in seen.final["good_generator"].items():
+        torch.testing.assert_close(weights.double(), average[key].double(), rtol=1e-4, atol=1e-5)
+    for path in (seen.folder / "samples" / f"good_00{epoch}.png" for epoch in (1, 2)):
+        with Image.open(path) as image:
+            assert image.size == (302, 302) and image.convert("L").getextrema()[1] > 20
+
+
+def test_referee_counts_digits_of_the_class_asked_for():
+    def generator(x):  # the class asked for in the first pixel, as one that is wrong for 3
+        y = x[:, 100:].argmax(dim=1)
+        return torch.where(y == 3, 4, y)[:, None, None, None].float()
+
+    def referee(x):
+        return (F.one_hot(x.flatten().long(), 10).float(),)
+
+    assert right_class(generator, referee, 5).tolist() == [1, 1, 1, 0, 1, 1, 1, 1, 1, 1]
 
 
 # =========================================== the student ==========================================

@@ -237,7 +237,8 @@ def test_mat_file_of_the_official_size_is_read_in_seconds(tmp_path):
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
                 "--batch-size", "--lr", "--split-seed", "--gan-weight", "--augmentation"]
 NOT_OF_MNIST = ["--consistency-weight", "--real-logit", "--generator-loss", "--ema-decay"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--student-epochs"],
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--student-epochs",
+                        "--good-generator"],
          "sgan_svhn": [*COMMON_FLAGS, *NOT_OF_MNIST, "--data-dir", "--num-labeled",
                        "--warmup-steps", "--real-label-smoothing"],
          "sgan_catsdogs": [
