@@ -1,21 +1,21 @@
 """Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
 
-First a GAN trains alone. A perceptron learns from the labeled digits, and is at the same time the
-discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x).
-The generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
-sections 3.1 and 5).
+Two classifiers train side by side. A perceptron learns from the labeled digits, and is at the same
+time the discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), Z = sum_k exp
+l_k(x). The generator matches the mean features of real digits (Salimans et al. 2016,
+arXiv:1606.03498, sections 3.1 and 5). A convolutional network, the student, learns the labeled
+digits, augmented.
 
-Then a convolutional network joins, the student, and the GAN trains on. The moving averages (EMA) of
-perceptron and student label the unlabeled digits together. The student learns these labels, and the
-true ones, on augmented digits. The perceptron learns those that the averages are sure of. The
-student's average is what is scored.
+In the second half of the epochs the moving averages (EMA) of both label the unlabeled digits
+together. The student learns these labels too, on augmented digits. The perceptron learns those that
+the averages are sure of. The student's average is what is scored.
 
 With --good-generator a second generator draws digits of a class to order (Triple-GAN, Li et al.
 2017, arXiv:1703.02291). A pair discriminator tells its pairs of digit and class from real pairs,
 and the perceptron learns from them. Beside the GAN that is UGAN (Li et al. 2019, arXiv:1910.08540).
 
     python sgan_mnist.py                                   # 100 labels, 10 of each digit
-    python sgan_mnist.py --epochs 40 --student-epochs 0    # the GAN alone
+    python sgan_mnist.py --gan-only --epochs 40            # the perceptron and its GAN alone
     python sgan_mnist.py --supervised-only                 # the student on labeled digits alone
     python sgan_mnist.py --num-labeled 30000               # half of the labels
     python sgan_mnist.py --good-generator                  # UGAN
@@ -71,10 +71,10 @@ def parse_args():
     train = parser.add_argument_group("training")
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the student alone, on labeled images alone")
-    train.add_argument("--epochs", type=number(int, minimum=1), default=12,
-                       help="passes of the GAN alone over the unlabeled images")
-    train.add_argument("--student-epochs", type=number(int, minimum=0), default=8,
-                       help="further passes, of the GAN and the student; 0: there is no student")
+    train.add_argument("--gan-only", action="store_true",
+                       help="the perceptron and its GAN alone, without the student")
+    train.add_argument("--epochs", type=number(int, minimum=1), default=16,
+                       help="passes over the unlabeled images")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
                        help="unlabeled images in each step, and generated ones")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
@@ -269,14 +269,14 @@ def update_average(average, network, decay, step):
 
 def main():
     args = parse_args()
-    if args.supervised_only and args.student_epochs == 0:
-        die("--supervised-only trains the student, so --student-epochs must be at least 1")
+    if args.supervised_only and args.gan_only:
+        die("--gan-only is a GAN, so leave out either it or --supervised-only")
     if args.supervised_only and args.good_generator:
         die("--good-generator needs the unlabeled images, so leave out --supervised-only")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
-    method = "supervised" if args.supervised_only else "sgan"
+    method = "supervised" if args.supervised_only else "gan-only" if args.gan_only else "sgan"
 
     def held_out(part):  # batches for evaluation, in order, each image once
         batches = ((x / 255, y) for x, y in zip(part[0].split(1000), part[1].split(1000)))
@@ -309,17 +309,17 @@ def main():
     # ---- the run's folder, and the number of steps ----
     run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
-    steps_per_epoch = len(x_unlabeled) // args.batch_size
-    gan_epochs, student_epochs = 0 if args.supervised_only else args.epochs, args.student_epochs
+    epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     if args.dry_run:
-        gan_epochs, student_epochs = min(1, gan_epochs), min(1, student_epochs)
-        steps_per_epoch = min(2, steps_per_epoch)
-    epochs, student_steps = gan_epochs + student_epochs, student_epochs * steps_per_epoch
-    step, student_step, best_val = 0, 0, -1.0
+        epochs, steps_per_epoch = min(2, epochs), min(2, steps_per_epoch)
+    step, total_steps, best_val = 0, epochs * steps_per_epoch, -1.0
+    # the mean of the averages' p(y | x), itself a moving average
+    p_mean = torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, device=device)  # (K,)
 
     means, started = EpochMeans(), time.perf_counter()
     for epoch in range(1, epochs + 1):
-        with_student = epoch > gan_epochs
+        # in the first half of the epochs they learn apart, so that their errors differ
+        teach = epoch > epochs // 2 and method == "sgan"
         order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
         other_order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
         epoch_started = time.perf_counter()
@@ -336,15 +336,16 @@ def main():
                 with autocast:
                     x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
-                # ---- the averages label the digits, both together once there are two ----
-                if with_student or args.good_generator:
-                    with torch.no_grad(), autocast:
-                        logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
-                        if with_student:
-                            logits_ema = (logits_ema + student_ema(x_unl)[0].float()) / 2
-                    p_ema = logits_ema.softmax(dim=1)  # (N, K)
-                    p_max, y_ema = p_ema.max(dim=1)  # (N,)
-                    picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
+                # ---- the averages label the digits, all classes equally often ----
+                with torch.no_grad(), autocast:
+                    logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
+                    if not args.gan_only:
+                        logits_ema = (logits_ema + student_ema(x_unl)[0].float()) / 2
+                # distribution alignment, Berthelot et al. 2020 (arXiv:1911.09785, section 3.1)
+                p_mean.lerp_(logits_ema.softmax(dim=1).mean(dim=0), 0.01)
+                p_ema = (logits_ema - p_mean.log()).softmax(dim=1)  # (N, K)
+                p_max, y_ema = p_ema.max(dim=1)  # (N,)
+                picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
                 # ---- good generator: pairs (x, y) real, (G(z, y), y) fake; Li et al. 2017 ----
                 if args.good_generator:
@@ -386,12 +387,12 @@ def main():
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
                 # 0.5: as in the code of Salimans et al., where gan_weight is 1
                 loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                if with_student:  # -E [x is picked] log p(label by both averages | x)
+                if teach:  # -E [x is picked] log p(label by both averages | x)
                     loss_con = (F.cross_entropy(logits_unl.float(), y_ema, reduction="none")
                                 * picked).mean()
                     loss_d = loss_d + loss_con
                 if args.good_generator:  # -E log p(y | G(z, y)), from a quarter of the run on
-                    ramp = min(1, max(0, 4 * step / (epochs * steps_per_epoch) - 1))
+                    ramp = min(1, max(0, 4 * step / total_steps - 1))
                     loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits[-len(z):], y_made)
                 opt_d.zero_grad()
                 loss_d.backward()
@@ -413,23 +414,22 @@ def main():
                            "monitor/p_real_fake": r_fake.sigmoid().mean()}
 
             # ---- student: true labels, and those of both averages, on augmented digits ----
-            if with_student:
-                falling = min(1, 2 * (1 - student_step / student_steps))  # over its second half
+            if not args.gan_only:
+                falling = min(1, 2 * (1 - (step - 1) / total_steps))  # over the second half
                 opt_s.param_groups[0]["lr"] = args.lr * falling
-                student_step += 1
                 m = min(STUDENT_LABELED, len(x_lab))
-                x = x_lab[:m] if args.supervised_only else torch.cat([x_lab[:m], x_unl])
-                x = augment(x, args.augmentation)  # (m + N, 1, 28, 28)
+                x = torch.cat([x_lab[:m], x_unl]) if teach else x_lab[:m]
+                x = augment(x, args.augmentation)  # (m + N, 1, 28, 28), or (m, 1, 28, 28)
                 with autocast:
                     logits, _ = student(x)  # (m + N, K)
                 loss_s = labeled_loss(logits[:m], y_lab[:m])  # -E log p(y | augmented x)
-                if not args.supervised_only:
+                if teach:
                     loss_s = loss_s + labeled_loss(logits[m:], y_ema)
                     losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()
-                update_average(student_ema, student, STUDENT_EMA, student_step)
+                update_average(student_ema, student, STUDENT_EMA, step)
                 losses["loss/student"] = loss_s
             means.add(step, losses)
 
@@ -437,8 +437,8 @@ def main():
         epoch_means = means.take()  # waits for the device
         images_seen = steps_per_epoch * (m if args.supervised_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
-        network, average = ((student, student_ema) if with_student else
-                            (perceptron, perceptron_ema))
+        network, average = ((perceptron, perceptron_ema) if args.gan_only else
+                            (student, student_ema))
         with autocast:
             scores = evaluate(network, held_out(val), NUM_CLASSES)
             scores_ema = evaluate(average, held_out(val), NUM_CLASSES)
@@ -446,8 +446,6 @@ def main():
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
             if args.good_generator:
                 save_samples(good_ema, fixed_pairs, run.dir / "samples" / f"good_{epoch:03d}.png")
-        if epoch == gan_epochs + 1:
-            best_val = -1.0  # from here on of the student
         for weights, model, scored in (("raw", network, scores), ("ema", average, scores_ema)):
             if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
                 best_val = scored["accuracy"]

@@ -133,5 +133,5 @@ def compare(script, flags, articles, classifier, fakes, image_shape, batch, num_
 
 
 if __name__ == "__main__":
-    compare(sgan_mnist, ["--student-epochs", "0"], articles, sgan_mnist.Perceptron(), BATCH,
+    compare(sgan_mnist, ["--gan-only"], articles, sgan_mnist.Perceptron(), BATCH,
             (1, 28, 28), BATCH, NUM_LABELED, STEPS)

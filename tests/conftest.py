@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
 DIGITS = ["sgan_mnist", "sgan_svhn"]
 SCRIPTS = [*DIGITS, "sgan_catsdogs"]
-MNIST = ["--device", "cpu", "--batch-size", 50, "--epochs", 2, "--student-epochs", 2]
+MNIST = ["--device", "cpu", "--batch-size", 50, "--epochs", 4]
 SVHN = ["--device", "cpu", "--num-labeled", 100, "--batch-size", 40, "--warmup-steps", 20]
 PETS = ["--device", "cpu", "--image-size", 32, "--batch-size", 16]
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

@@ -2,7 +2,7 @@
 
 The referee is a classifier that has learned all labels of MNIST:
 
-    python sgan_mnist.py --supervised-only --num-labeled 60000 --student-epochs 40
+    python sgan_mnist.py --supervised-only --num-labeled 60000 --epochs 6
     python tests/referee.py runs/REFEREE/final.pt runs/RUN/final.pt [runs/RUN/final.pt ...]
 
 Each RUN is one with --good-generator. Of each, 100 digits a class are drawn, by seed 0.

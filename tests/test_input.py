@@ -36,7 +36,7 @@ BAD_NUMBERS = {
 NOT_OF_MNIST = {"--consistency-weight": BELOW_ZERO, "--ema-decay": [-0.1, 1, "nan"]}
 OWN_NUMBERS = [*((name, flag, values) for name in ("sgan_svhn", "sgan_catsdogs")
                  for flag, values in NOT_OF_MNIST.items()),
-               ("sgan_mnist", "--student-epochs", [-1]), ("sgan_svhn", "--warmup-steps", [-1]),
+               ("sgan_svhn", "--warmup-steps", [-1]),
                ("sgan_svhn", "--real-label-smoothing", [-0.1, 1.1, "nan"]),
                ("sgan_catsdogs", "--rotation-weight", BELOW_ZERO),
                ("sgan_catsdogs", "--image-size", [0, -32, 31]),
@@ -59,7 +59,7 @@ def test_numbers_out_of_bounds_are_refused(name, flag, values, assert_refused):
     ("toy_rings", ["--num-labeled", 7], ["--num-labeled", 7]),
     ("toy_rings", ["--num-labeled", 4000], ["--num-labeled", 4000, 2000]),
     ("sgan_mnist", ["--num-labeled", 100_000], ["--num-labeled", 900]),
-    ("sgan_mnist", ["--supervised-only", "--student-epochs", 0], ["--student-epochs"]),
+    ("sgan_mnist", ["--supervised-only", "--gan-only"], ["--gan-only"]),
     ("sgan_mnist", ["--supervised-only", "--good-generator"], ["--good-generator"]),
     ("sgan_svhn", ["--num-labeled", 100_000], ["--num-labeled", 700]),
     *((name, ["--batch-size", 100_000], ["--batch-size"]) for name in SCRIPTS),

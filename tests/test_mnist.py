@@ -103,21 +103,16 @@ def digits(mnist):
 
 @pytest.fixture(scope="module")
 def watched(mnist, tmp_path_factory):
-    """An epoch of the GAN alone, of two steps, and two with the student; nothing is augmented."""
-    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 1, "--student-epochs", 2,
-                 "--lr", 0.002, out_dir=tmp_path_factory.mktemp("watched") / "runs")
+    """Three epochs of two steps; the averages label from the second on; nothing is augmented."""
+    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 3, "--lr", 0.002,
+                 out_dir=tmp_path_factory.mktemp("watched") / "runs")
 
 
 @pytest.fixture(scope="module")
 def made(mnist, tmp_path_factory):
-    """The same, with a good generator, and one epoch of the student less: four steps."""
-    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 1, "--student-epochs", 1,
-                 "--good-generator", out_dir=tmp_path_factory.mktemp("made") / "runs")
-
-
-@pytest.fixture(params=["alone", "with student"])
-def steps(request, watched):
-    return watched.steps[:2] if request.param == "alone" else watched.steps[2:]
+    """The same, with a good generator, and one epoch less: four steps."""
+    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 2, "--good-generator",
+                 out_dir=tmp_path_factory.mktemp("made") / "runs")
 
 
 def parts(step):
@@ -128,15 +123,19 @@ def parts(step):
     return SimpleNamespace(fakes=fakes, together=together, of_fakes=of_fakes, of_others=of_others)
 
 
-def taught(step):
-    """The labels (N,) that the averages give together, and their probability, in float64."""
-    asked = [e for e in step if not e.training]
-    assert [e.name for e in asked] == ["Perceptron", "Student"]
-    for e in asked:  # plain digits
-        assert torch.equal(e.x, parts(step).together.x[LABELED:LABELED + N])
-    p = torch.stack([e.outputs[0].softmax(dim=1) for e in asked]).log().mean(dim=0).exp()
-    p, y = (p / p.sum(dim=1, keepdim=True)).max(dim=1)
-    return y, p
+def taught(run):
+    """Of each step: p (N, 10) that the averages give together, in float64, all classes as often."""
+    found, p_mean = [], torch.full((10,), 0.1).double()
+    for step in run.steps:
+        asked = [e for e in step if not e.training]
+        assert [e.name for e in asked] == ["Perceptron", "Student"]
+        for e in asked:  # plain digits
+            assert torch.equal(e.x, parts(step).together.x[LABELED:LABELED + N])
+        p = torch.stack([e.outputs[0].softmax(dim=1) for e in asked]).log().mean(dim=0).exp()
+        p = p / p.sum(dim=1, keepdim=True)
+        p_mean = 0.99 * p_mean + 0.01 * p.mean(dim=0)
+        found.append(p / p_mean / (p / p_mean).sum(dim=1, keepdim=True))
+    return found
 
 
 # ============================================= the GAN ============================================
@@ -144,12 +143,12 @@ def taught(step):
 
 def test_the_perceptron_sees_all_images_at_once_and_others_for_the_generator(watched, digits):
     order = [("Generator", False), ("Perceptron", False), ("Perceptron", True),
-             ("Perceptron", False), ("Perceptron", False), ("Generator", True)]
+             ("Perceptron", False), ("Perceptron", False), ("Generator", True),
+             ("Student", False), ("Student", True)]
     assert len(watched.steps) == 6  # two an epoch, of 445 unlabeled images in batches of 160
     seen, others = [], []
-    for n, step in enumerate(watched.steps):
-        student = [("Student", False), ("Student", True)] if n > 1 else []
-        assert [(e.name, e.update) for e in step if e.training] == order + student
+    for step in watched.steps:
+        assert [(e.name, e.update) for e in step if e.training] == order
         of = parts(step)
         x_lab, x_unl, x_fake = of.together.x.split([LABELED, N, N])
         assert find(x_lab, digits.x).sort().values.tolist() == list(range(LABELED))
@@ -165,15 +164,15 @@ def test_the_perceptron_sees_all_images_at_once_and_others_for_the_generator(wat
     assert not torch.equal(seen[0], others[0])
 
 
-def test_the_perceptron_minimises_its_losses(steps, digits):
-    for step in steps:
+def test_the_perceptron_minimises_its_losses(watched, digits):
+    for n, (step, p) in enumerate(zip(watched.steps, taught(watched))):
         together = parts(step).together
         logits_lab, logits_unl, logits_fake = together.outputs[0].split([LABELED, N, N])
         y = digits.y[find(together.x[:LABELED], digits.x)]
         of_unl = GAN_WEIGHT * 0.5 * real_gradient(logits_unl, 1)
-        if len(step) > 6:
-            y_both, p_both = taught(step)
-            picked = p_both > sgan_mnist.CONFIDENCE
+        if n >= 2:  # from the second epoch on
+            p_max, y_both = p.max(dim=1)
+            picked = p_max > sgan_mnist.CONFIDENCE
             of_unl += picked[:, None] * (logits_unl.softmax(dim=1) - F.one_hot(y_both, 10))
         expected = torch.cat([(logits_lab.softmax(dim=1) - F.one_hot(y, 10)) / LABELED, of_unl / N,
                               GAN_WEIGHT * 0.5 * real_gradient(logits_fake, 0) / N])
@@ -183,12 +182,11 @@ def test_the_perceptron_minimises_its_losses(steps, digits):
 
 def test_the_perceptron_learns_what_both_averages_are_sure_of(mnist):
     """After a while, when they are sure of some digits."""
-    seen = watch("--data-dir", mnist, "--epochs", 2, "--student-epochs", 10)
-    logged, last = [], seen.steps[-2:]
-    for step in last:
-        y, p = taught(step)
+    seen, logged = watch("--data-dir", mnist, "--epochs", 12), []
+    for step, p in list(zip(seen.steps, taught(seen)))[-2:]:
+        p_max, y = p.max(dim=1)
         log_p = parts(step).together.outputs[0].log_softmax(dim=1)[LABELED:LABELED + N]
-        picked = (p > sgan_mnist.CONFIDENCE).double()
+        picked = (p_max > sgan_mnist.CONFIDENCE).double()
         logged.append(((-log_p[range(N), y] * picked).mean(), picked.mean()))
     for name, values in zip(("loss/con", "monitor/picked"), zip(*logged)):
         assert 0 < sum(values) / 2 < 1
@@ -197,7 +195,7 @@ def test_the_perceptron_learns_what_both_averages_are_sure_of(mnist):
 
 def test_updates_move_their_own_network_and_never_the_hidden_scales(watched, made):
     scales = {f"hidden.{i}.parametrizations.weight.original0" for i in range(5)}
-    for run, count in ((made, 2 * 4 + 2 * 5), (watched, 2 * 2 + 4 * 3)):
+    for run, count in ((made, 4 * 5), (watched, 6 * 3)):
         updates = [e for step in run.steps for e in step if e.update]
         assert len(updates) == count
         for update in updates:
@@ -207,7 +205,7 @@ def test_updates_move_their_own_network_and_never_the_hidden_scales(watched, mad
                 assert update.new_gradients[name] == (own if name == update.name else set())
     rates = {name: [e.lr for e in updates if e.name == name] for name in watched.networks}
     assert rates["Perceptron"] == rates["Generator"] == [0.002] * 6
-    assert rates["Student"] == pytest.approx([0.002, 0.002, 0.002, 0.001])
+    assert rates["Student"] == pytest.approx([0.002] * 4 + [0.002 * 2 / 3, 0.002 / 3])
 
 
 def test_logged_losses_are_those_of_the_outputs(watched, digits):
@@ -262,12 +260,11 @@ def test_pairs_are_real_digits_and_digits_made_to_order(made, digits):
 
 def test_the_pair_discriminator_and_the_good_generator_minimise_their_losses(made, digits):
     logged = []
-    for step in made.steps:
+    for step, p in zip(made.steps, taught(made)):
         of = pairs(step)
         d = of.for_pair_d.outputs[0]
         y_lab = F.one_hot(digits.y[find(of.for_pair_d.x[:LABELED], digits.x)], 10).double()
         y_made = F.one_hot(asked_for(step), 10).double()
-        p = torch.stack([e.outputs[0] for e in step if not e.training]).mean(dim=0).softmax(dim=1)
         y_unl = F.one_hot(p.argmax(dim=1), 10).double()  # the labels of the averages
         real = torch.cat([0.1 * y_lab / LABELED, 0.9 * y_unl / N, 0 * y_made])
         fake = torch.cat([0 * y_lab, 0.5 * p / N, 0.5 * y_made / N])
@@ -294,7 +291,7 @@ def test_the_perceptron_learns_digits_made_to_order_from_a_quarter_of_the_run_on
 def test_the_final_good_generator_is_the_moving_average_and_its_samples_are_kept(mnist,
                                                                                   monkeypatch):
     monkeypatch.setattr(sgan_mnist, "GOOD_EMA", 0.1)  # less than at first in any case
-    seen = watch("--data-dir", mnist, "--good-generator", "--epochs", 2, "--student-epochs", 0)
+    seen = watch("--data-dir", mnist, "--good-generator", "--epochs", 2)
     states = [e.state for step in seen.steps for e in step if e.update and "good" in e.name]
     average = averaged(seen.networks["good generator"].at_first, states, 0.1)
     assert set(seen.final["good_generator"]) == set(average)
@@ -319,28 +316,33 @@ def test_referee_counts_digits_of_the_class_asked_for():
 # =========================================== the student ==========================================
 
 
-def test_the_student_learns_true_labels_and_those_of_both_averages(watched, digits):
-    for row, pair in zip(watched.rows[1:], (watched.steps[2:4], watched.steps[4:])):
-        losses = []
-        for step in pair:
-            [seen] = [e for e in step if e.name == "Student" and e.training and not e.update]
+def test_the_student_learns_true_labels_and_from_the_second_epoch_on_those_of_both_averages(
+        watched, digits):
+    losses = []
+    for n, (step, p) in enumerate(zip(watched.steps, taught(watched))):
+        [seen] = [e for e in step if e.name == "Student" and e.training and not e.update]
+        y, share = digits.y[find(seen.x[:LABELED], digits.x)], torch.full((LABELED,), 1 / LABELED)
+        if n >= 2:
             assert torch.equal(find(seen.x[LABELED:], digits.unlabeled),
                                find(parts(step).together.x[LABELED:LABELED + N], digits.unlabeled))
-            y = torch.cat([digits.y[find(seen.x[:LABELED], digits.x)], taught(step)[0]])
-            share = torch.cat([torch.full((LABELED,), 1 / LABELED), torch.full((N,), 1 / N)])
-            log_p = seen.outputs[0].log_softmax(dim=1)
-            torch.testing.assert_close(seen.grad, share[:, None] * (log_p.exp() - F.one_hot(y, 10)),
-                                       rtol=0.02, atol=1e-4)
-            losses.append(-(share * log_p[range(len(y)), y]).sum().item())
-        assert float(row["loss/student"]) == pytest.approx(sum(losses) / 2, rel=1e-3)
+            y = torch.cat([y, p.argmax(dim=1)])
+            share = torch.cat([share, torch.full((N,), 1 / N)])
+        log_p = seen.outputs[0].log_softmax(dim=1)
+        assert len(log_p) == len(y)
+        torch.testing.assert_close(seen.grad, share[:, None] * (log_p.exp() - F.one_hot(y, 10)),
+                                   rtol=0.02, atol=1e-4)
+        losses.append(-(share * log_p[range(len(y)), y]).sum().item())
+    for row, one, other in zip(watched.rows, losses[::2], losses[1::2], strict=True):
+        assert float(row["loss/student"]) == pytest.approx((one + other) / 2, rel=1e-3)
 
 
-@pytest.mark.parametrize("epochs, name, decay", [((2, 0), "Perceptron", 0.1),
-                                                 ((1, 1), "Student", 0.05)])
-def test_final_weights_are_the_moving_average(epochs, name, decay, mnist, monkeypatch):
+@pytest.mark.parametrize("flags, name, decay", [(["--gan-only"], "Perceptron", 0.1),
+                                                ([], "Student", 0.05)])
+def test_final_weights_are_the_moving_average(flags, name, decay, mnist, monkeypatch):
     monkeypatch.setattr(sgan_mnist, "PERCEPTRON_EMA", 0.1)  # less than at first in any case
     monkeypatch.setattr(sgan_mnist, "STUDENT_EMA", 0.05)
-    seen = watch("--data-dir", mnist, "--epochs", epochs[0], "--student-epochs", epochs[1])
+    seen = watch("--data-dir", mnist, "--epochs", 2, *flags)
+    assert ("Student" in seen.networks) == (name == "Student")
     states = [e.state for step in seen.steps for e in step if e.update and e.name == name]
     average = averaged(seen.networks[name].at_first, states, decay)
     assert set(seen.final["classifier"]) == set(average)
@@ -359,8 +361,7 @@ def test_the_student_sees_digits_augmented_and_its_teachers_see_them_plain(mnist
 
 
 def test_the_baseline_trains_the_student_on_labeled_digits_alone(mnist, digits):
-    seen = watch("--data-dir", mnist, "--supervised-only", "--student-epochs", 1,
-                 "--augmentation", 0)
+    seen = watch("--data-dir", mnist, "--supervised-only", "--epochs", 1, "--augmentation", 0)
     assert len(seen.steps) == 2  # as many as with the GAN
     for one, update in seen.steps:
         assert find(one.x, digits.x).sort().values.tolist() == list(range(LABELED))

@@ -43,11 +43,9 @@ def run(request):
     run.num_classes = len(run.class_names) if data == "pets" else 10
     run.epochs, run.warmup_steps, run.steps_per_epoch = {
         "mnist": (4, 0, 10), "svhn": (1, 20, 10), "pets": (1, 0, 3)}[data]
-    run.alone = 2 if (data, key) == ("mnist", "sgan") else 0  # epochs before the student joins
+    run.alone = 1 if data == "mnist" else 0  # epochs in which no average labels
     if (data, key) == ("pets", "supervised"):
         run.steps_per_epoch = 100
-    if (data, key) == ("mnist", "supervised"):
-        run.epochs = 2  # the student's
     return run
 
 
@@ -62,7 +60,7 @@ def test_run_ends_with_its_result(run):
     assert (results["script"], results["method"]) == (run.script, run.method)
     assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
     assert results["split_seed"] == (None if run.data == "pets" else args["split_seed"])
-    assert results["epochs"] == (2 if run.data == "mnist" else run.epochs)
+    assert results["epochs"] == run.epochs
     assert results["steps"] == run.warmup_steps + run.epochs * run.steps_per_epoch
     assert results["device"] == "cpu" and results["torch"] == torch.__version__
     assert results["seconds"] > 0
@@ -84,7 +82,7 @@ def test_run_writes_metrics(run):
         expected = columns | gan if run.method == "sgan" and epoch else set(columns)
         if run.method == "sgan" and epoch > run.alone:
             expected |= taught
-        if run.data == "mnist" and epoch > run.alone:
+        if run.data == "mnist":
             expected |= {"loss/student"}
         if (run.data, run.method) == ("mnist", "supervised"):
             expected -= {"loss/lab"}
@@ -140,8 +138,6 @@ def test_accuracies_are_those_of_the_saved_weights(run):
 def test_best_checkpoint_is_the_best_on_validation(run):
     scores = [(float(row[column]), weights, int(row["epoch"])) for row in run.rows
               for column, weights in (("val_accuracy", "raw"), ("val_accuracy_ema", "ema"))]
-    if run.alone:  # MNIST: of the student only
-        scores = [score for score in scores if score[2] > run.alone]
     first_best = max(scores, key=lambda score: score[0])
     assert (run.best["val_accuracy"], run.best["weights"], run.best["epoch"]) == first_best
     if run.data == "pets":  # the validation images of the digits are drawn by the script
@@ -185,7 +181,7 @@ def good_flags(mnist, svhn, pets):
 @pytest.mark.parametrize("name, flags, steps", [
     # two steps of the GAN or a warm-up, and two more; or the one that all unlabeled images make
     ("sgan_mnist", [], 4), ("sgan_mnist", ["--batch-size", 500], 2),
-    ("sgan_mnist", ["--supervised-only"], 2), ("sgan_mnist", ["--student-epochs", 0], 2),
+    ("sgan_mnist", ["--supervised-only"], 4), ("sgan_mnist", ["--gan-only"], 4),
     ("sgan_svhn", [], 4), ("sgan_svhn", ["--batch-size", 400], 3),
     ("sgan_svhn", ["--supervised-only"], 4), ("sgan_svhn", ["--warmup-steps", 0], 2),
     ("sgan_catsdogs", [], 2), ("sgan_catsdogs", ["--batch-size", 48], 1),
@@ -194,7 +190,8 @@ def test_dry_run_takes_two_steps(name, flags, steps, good_flags):
     _, results = train(name, *good_flags[name], *flags, "--dry-run")
     assert results["steps"] == steps
     supervised = "--supervised-only" in flags
-    assert results["method"] == ("supervised" if supervised else "sgan")
+    assert results["method"] == ("supervised" if supervised else
+                                 "gan-only" if "--gan-only" in flags else "sgan")
 
 
 def test_all_labels_leave_none_for_validation(good_flags):
@@ -237,7 +234,7 @@ def test_mat_file_of_the_official_size_is_read_in_seconds(tmp_path):
 COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
                 "--batch-size", "--lr", "--split-seed", "--gan-weight", "--augmentation"]
 NOT_OF_MNIST = ["--consistency-weight", "--real-logit", "--generator-loss", "--ema-decay"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--student-epochs",
+FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--gan-only",
                         "--good-generator"],
          "sgan_svhn": [*COMMON_FLAGS, *NOT_OF_MNIST, "--data-dir", "--num-labeled",
                        "--warmup-steps", "--real-label-smoothing"],
