@@ -316,7 +316,7 @@ def test_referee_counts_digits_of_the_class_asked_for():
 # =========================================== the student ==========================================
 
 
-def test_the_student_learns_true_labels_and_from_the_second_epoch_on_those_of_both_averages(
+def test_the_student_learns_true_labels_and_in_the_second_half_those_of_both_averages(
         watched, digits):
     losses = []
     for n, (step, p) in enumerate(zip(watched.steps, taught(watched))):
