@@ -1,18 +1,19 @@
 """Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
 
-Two classifiers train side by side. A perceptron learns from the labeled digits, and is at the same
-time the discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), Z = sum_k exp
-l_k(x). The generator matches the mean features of real digits (Salimans et al. 2016,
-arXiv:1606.03498, sections 3.1 and 5). A convolutional network, the student, learns the labeled
-digits, augmented.
+Two classifiers train side by side. A perceptron learns from the labeled digits. It is also the
+discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x).
+The generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
+sections 3.1 and 5). A convolutional network, the student, learns the labeled digits, augmented.
 
-In the second half of the epochs the moving averages (EMA) of both label the unlabeled digits
-together. The student learns these labels too, on augmented digits. The perceptron learns those that
-the averages are sure of. The student's average is what is scored.
+In the second half of the epochs the moving averages (EMA) of both teach: they label the unlabeled
+digits together. The student learns these labels too, on augmented digits. The perceptron learns
+those that the averages are sure of. The student's average is what is scored, with --gan-only the
+perceptron's.
 
 With --good-generator a second generator draws digits of a class to order (Triple-GAN, Li et al.
-2017, arXiv:1703.02291). A pair discriminator tells its pairs of digit and class from real pairs,
-and the perceptron learns from them. Beside the GAN that is UGAN (Li et al. 2019, arXiv:1910.08540).
+2017, arXiv:1703.02291). A pair discriminator learns to tell its pairs of digit and class from real
+digits with their labels, true or of the averages. The perceptron learns the digits made to order.
+Beside the GAN that is UGAN (Li et al. 2019, arXiv:1910.08540).
 
     python sgan_mnist.py                                   # 100 labels, 10 of each digit
     python sgan_mnist.py --gan-only --epochs 40            # the perceptron and its GAN alone
@@ -21,8 +22,8 @@ and the perceptron learns from them. Beside the GAN that is UGAN (Li et al. 2019
     python sgan_mnist.py --good-generator                  # UGAN
     python sgan_mnist.py --good-generator --gan-weight 0   # Triple-GAN
 
-The unlabeled images are all training images but those of validation, the labeled ones among them.
-What differs from the articles that this follows, and what it scores: .github/RESULTS.md.
+The unlabeled images are all training images but those of validation. The labeled images are among
+them. What differs from the articles that this follows, and what it scores: .github/RESULTS.md.
 """
 
 import argparse
@@ -45,10 +46,12 @@ NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-STUDENT_LABELED = 50  # labeled images in each step of the student
-CONFIDENCE = 0.8  # probability from which on the perceptron learns a label of both averages
-PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999  # highest decays of the averages
-MADE_WEIGHT = 0.1  # of the loss of the perceptron on digits made to order
+STUDENT_LABELED = 50  # the same of the student
+CONFIDENCE = 0.8  # the perceptron learns a label of the averages if its probability is above
+# highest decays of the averages; before step 90,000 that of the perceptron is lower, see below
+PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
+GOOD_LR = 1e-3  # Adam learning rate of the good generator and of the pair discriminator
+MADE_WEIGHT = 0.1  # weight of the perceptron's loss on digits made to order
 
 
 def parse_args():
@@ -58,7 +61,7 @@ def parse_args():
     run.add_argument("--seed", type=number(int, minimum=0, below=2**63), default=0,
                      help="seed of initialisation, batches and augmentation")
     run.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
-                     help="seed of the draw of labeled images")
+                     help="seed of the draw of labeled and validation images")
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                      help="device to train on; auto takes the GPU if there is one")
     run.add_argument("--out-dir", default="runs", help="folder in which the run's folder is made")
@@ -74,13 +77,13 @@ def parse_args():
     train.add_argument("--gan-only", action="store_true",
                        help="the perceptron and its GAN alone, without the student")
     train.add_argument("--epochs", type=number(int, minimum=1), default=16,
-                       help="passes over the unlabeled images")
+                       help="passes over the unlabeled images; as many steps for the baseline")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
                        help="unlabeled images in each step, and generated ones")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
-                       help="Adam learning rate; the student's falls to 0 in its second half")
+                       help="Adam learning rate; the student's falls to 0 in the second half")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
-                       help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+                       help="weight of the mean of unlabeled and fake loss; 0: no GAN")
     train.add_argument("--good-generator", action="store_true",
                        help="train a generator of digits of a given class beside the GAN's")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
@@ -138,10 +141,11 @@ def augment(x, strength):
     thicker or thinner in 6 images of 10. Strength 0 leaves the images as they are.
     """
     n, device = len(x), x.device
-    shift_x, shift_y, turn, shear, side_x, side_y = (torch.rand(6, n, device=device) * 2 - 1
-                                                     ) * strength
+    uniform = (torch.rand(6, n, device=device) * 2 - 1) * strength  # (6, N)
+    shift_x, shift_y, turn, shear, side_x, side_y = uniform
     turn, side_x, side_y = 0.25 * turn, 1 + 0.2 * side_x, 1 + 0.2 * side_y
     lean = turn + 0.3 * shear
+    # theta says where a pixel is read: 0.8 makes the side 1/0.8 = 1.25 times as long
     theta = torch.stack([side_x * turn.cos(), -side_y * lean.sin(), shift_x / 7,
                          side_x * turn.sin(), side_y * lean.cos(), shift_y / 7], dim=1)
     grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, 28, 28, 2)
@@ -158,7 +162,7 @@ def augment(x, strength):
 
 
 def linear(n_in, n_out):
-    """A linear layer whose weights are g v / |v|, unit by unit: v ~ N(0, 0.1), g = 1, bias 0."""
+    """A linear layer whose weights are g v / |v|, unit by unit: v ~ N(0, 0.1^2), g = 1, bias 0."""
     layer = weight_norm(nn.Linear(n_in, n_out))
     weight = layer.parametrizations.weight
     nn.init.ones_(weight.original0)  # g (n_out, 1)
@@ -253,7 +257,7 @@ class Student(nn.Module):
 
 
 def at(logits, y):
-    """Of each row of logits (N, K) that of its label y (N,) -> (N,)."""
+    """The logit of label y (N,) in each row of logits (N, K) -> (N,)."""
     return logits.gather(1, y[:, None])[:, 0]
 
 
@@ -261,7 +265,10 @@ def at(logits, y):
 
 
 def update_average(average, network, decay, step):
-    """The moving average of a network, batch-norm statistics included; short memory at first."""
+    """Move an average a little towards its network, batch-norm statistics included.
+
+    Its memory is about a ninth of the steps so far, until `decay` is reached.
+    """
     decay = min(decay, (1 + step) / (10 + step))
     for ema, now in zip(average.state_dict().values(), network.state_dict().values()):
         ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
@@ -270,7 +277,7 @@ def update_average(average, network, decay, step):
 def main():
     args = parse_args()
     if args.supervised_only and args.gan_only:
-        die("--gan-only is a GAN, so leave out either it or --supervised-only")
+        die("--gan-only trains the perceptron, --supervised-only the student: give one of the two")
     if args.supervised_only and args.good_generator:
         die("--good-generator needs the unlabeled images, so leave out --supervised-only")
     device = pick_device(args.device)
@@ -285,9 +292,12 @@ def main():
     # ---- networks, optimizers, and the average of each classifier ----
     perceptron, generator = Perceptron().to(device), Generator().to(device)
     student = Student().to(device).to(memory_format=torch.channels_last)
-    perceptron.standardise(x_unlabeled[torch.randperm(len(x_unlabeled), device=device)[:500]] / 255)
+    some = x_unlabeled[torch.randperm(len(x_unlabeled), device=device)[:500]] / 255
+    perceptron.standardise(some)
     perceptron_ema, student_ema = (deepcopy(network).requires_grad_(False).eval()
                                    for network in (perceptron, student))
+    network, average = ((perceptron, perceptron_ema) if args.gan_only else
+                        (student, student_ema))  # that are scored
     # eps: the code of Salimans et al. adds 1e-8 within the square root, torch adds it after
     opt_d, opt_g = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], args.lr,
                                      betas=(0.5, 0.999), eps=1e-4, fused=True)
@@ -297,10 +307,10 @@ def main():
     if args.good_generator:  # only then, so that other runs keep their random numbers
         # logit k of the pair discriminator says how real the pair of an image and class k is
         pair_d, good = Perceptron().to(device), Generator(LATENT_DIM + NUM_CLASSES).to(device)
-        pair_d.standardise(x_unlabeled[:500] / 255)
+        pair_d.standardise(some)
         good_ema = deepcopy(good).requires_grad_(False).eval()
         opt_pair_d, opt_good = (
-            torch.optim.Adam([p for p in network.parameters() if p.requires_grad], 1e-3,
+            torch.optim.Adam([p for p in network.parameters() if p.requires_grad], GOOD_LR,
                              betas=(0.5, 0.999), fused=True) for network in (pair_d, good))
         of_each_class = torch.arange(100, device=device) // 10  # (100,) a row of samples a class
         fixed_pairs = torch.cat([fixed_z, F.one_hot(of_each_class, NUM_CLASSES)], dim=1)
@@ -312,13 +322,14 @@ def main():
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     if args.dry_run:
         epochs, steps_per_epoch = min(2, epochs), min(2, steps_per_epoch)
+    m = min(STUDENT_LABELED, len(x_labeled))  # labeled images in each step of the student
     step, total_steps, best_val = 0, epochs * steps_per_epoch, -1.0
-    # the mean of the averages' p(y | x), itself a moving average
+    # running mean over the steps of p(y | x), as both averages predict it together
     p_mean = torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, device=device)  # (K,)
 
     means, started = EpochMeans(), time.perf_counter()
     for epoch in range(1, epochs + 1):
-        # in the first half of the epochs they learn apart, so that their errors differ
+        # student and perceptron first learn apart, so that their errors differ
         teach = epoch > epochs // 2 and method == "sgan"
         order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
         other_order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
@@ -336,7 +347,8 @@ def main():
                 with autocast:
                     x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
-                # ---- the averages label the digits, all classes equally often ----
+                # ---- the averages label the digits, all classes about equally often ----
+                # In the first half too: p_mean settles, and a good generator needs the labels.
                 with torch.no_grad(), autocast:
                     logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
                     if not args.gan_only:
@@ -354,11 +366,11 @@ def main():
                         x_made = good(torch.cat([z, F.one_hot(y_made, NUM_CLASSES)], dim=1)).float()
                         d, _, _ = pair_d(torch.cat([x_lab, x_unl, x_made.detach()]))
                     d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
-                    # -E log of what is right of each pair, with sigmoid d as probability of "real"
+                    # each -E log p of what is right, real or fake; sigmoid d is p(real)
                     loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled digits
                                  + 0.9 * unlabeled_loss(at(d_unl, y_ema))  # real: labels of the EMA
                                  + 0.5 * fake_loss(at(d_made, y_made))  # fake: digits made to order
-                                 # fake: digits with labels drawn from p(y | x)
+                                 # fake: digits with a label from p(y | x), in the mean
                                  + 0.5 * (p_ema * F.softplus(d_unl)).sum(dim=1).mean())
                     opt_pair_d.zero_grad()
                     loss_pair.backward()
@@ -391,12 +403,15 @@ def main():
                     loss_con = (F.cross_entropy(logits_unl.float(), y_ema, reduction="none")
                                 * picked).mean()
                     loss_d = loss_d + loss_con
-                if args.good_generator:  # -E log p(y | G(z, y)), from a quarter of the run on
-                    ramp = min(1, max(0, 4 * step / total_steps - 1))
-                    loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits[-len(z):], y_made)
+                    losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
+                if args.good_generator:  # -E log p(y | G(z, y))
+                    ramp = min(1, max(0, 4 * step / total_steps - 1))  # from a quarter to the half
+                    logits_made = logits.split(sizes)[-1]  # (N, K)
+                    loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits_made, y_made)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
+                update_average(perceptron_ema, perceptron, PERCEPTRON_EMA, step)
 
                 # ---- generator, through the updated perceptron, beside other digits ----
                 with autocast:
@@ -408,7 +423,6 @@ def main():
                 opt_g.zero_grad()
                 loss_g.backward(inputs=list(generator.parameters()))
                 opt_g.step()
-                update_average(perceptron_ema, perceptron, PERCEPTRON_EMA, step)
                 losses |= {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
                            "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
                            "monitor/p_real_fake": r_fake.sigmoid().mean()}
@@ -417,7 +431,6 @@ def main():
             if not args.gan_only:
                 falling = min(1, 2 * (1 - (step - 1) / total_steps))  # over the second half
                 opt_s.param_groups[0]["lr"] = args.lr * falling
-                m = min(STUDENT_LABELED, len(x_lab))
                 x = torch.cat([x_lab[:m], x_unl]) if teach else x_lab[:m]
                 x = augment(x, args.augmentation)  # (m + N, 1, 28, 28), or (m, 1, 28, 28)
                 with autocast:
@@ -425,7 +438,6 @@ def main():
                 loss_s = labeled_loss(logits[:m], y_lab[:m])  # -E log p(y | augmented x)
                 if teach:
                     loss_s = loss_s + labeled_loss(logits[m:], y_ema)
-                    losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()
@@ -437,8 +449,6 @@ def main():
         epoch_means = means.take()  # waits for the device
         images_seen = steps_per_epoch * (m if args.supervised_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
-        network, average = ((perceptron, perceptron_ema) if args.gan_only else
-                            (student, student_ema))
         with autocast:
             scores = evaluate(network, held_out(val), NUM_CLASSES)
             scores_ema = evaluate(average, held_out(val), NUM_CLASSES)

@@ -1,8 +1,8 @@
 """Share of digits drawn to order that a referee gives the class asked for.
 
-The referee is a classifier that has learned all labels of MNIST:
+The referee is a classifier trained with all labels of MNIST:
 
-    python sgan_mnist.py --supervised-only --num-labeled 60000 --epochs 6
+    python sgan_mnist.py --supervised-only --num-labeled 60000
     python tests/referee.py runs/REFEREE/final.pt runs/RUN/final.pt [runs/RUN/final.pt ...]
 
 Each RUN is one with --good-generator. Of each, 100 digits a class are drawn, by seed 0.
@@ -34,7 +34,7 @@ def right_class(generator, referee, per_class=100):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("referee", help="final.pt of a classifier that learned all labels")
+    parser.add_argument("referee", help="final.pt of a classifier trained with all labels")
     parser.add_argument("runs", nargs="+", help="final.pt of runs with --good-generator")
     args = parser.parse_args()
     referee = sgan_mnist.Student().eval()
