@@ -46,7 +46,7 @@ NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
 LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-STUDENT_LABELED = 50  # the same of the student
+STUDENT_LABELED = 50  # labeled images in each step of the student
 CONFIDENCE = 0.8  # the perceptron learns a label of the averages if its probability is above
 # highest decays of the averages; before step 90,000 that of the perceptron is lower, see below
 PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
@@ -322,7 +322,7 @@ def main():
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     if args.dry_run:
         epochs, steps_per_epoch = min(2, epochs), min(2, steps_per_epoch)
-    m = min(STUDENT_LABELED, len(x_labeled))  # labeled images in each step of the student
+    m = min(STUDENT_LABELED, len(x_labeled))
     step, total_steps, best_val = 0, epochs * steps_per_epoch, -1.0
     # running mean over the steps of p(y | x), as both averages predict it together
     p_mean = torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, device=device)  # (K,)
@@ -349,15 +349,16 @@ def main():
 
                 # ---- the averages label the digits, all classes about equally often ----
                 # In the first half too: p_mean settles, and a good generator needs the labels.
-                with torch.no_grad(), autocast:
-                    logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
-                    if not args.gan_only:
-                        logits_ema = (logits_ema + student_ema(x_unl)[0].float()) / 2
-                # distribution alignment, Berthelot et al. 2020 (arXiv:1911.09785, section 3.1)
-                p_mean.lerp_(logits_ema.softmax(dim=1).mean(dim=0), 0.01)
-                p_ema = (logits_ema - p_mean.log()).softmax(dim=1)  # (N, K)
-                p_max, y_ema = p_ema.max(dim=1)  # (N,)
-                picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
+                if args.good_generator or not args.gan_only:
+                    with torch.no_grad(), autocast:
+                        logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
+                        if not args.gan_only:
+                            logits_ema = (logits_ema + student_ema(x_unl)[0].float()) / 2
+                    # distribution alignment, Berthelot et al. 2020 (arXiv:1911.09785, section 3.1)
+                    p_mean.lerp_(logits_ema.softmax(dim=1).mean(dim=0), 0.01)
+                    p_ema = (logits_ema - p_mean.log()).softmax(dim=1)  # (N, K)
+                    p_max, y_ema = p_ema.max(dim=1)  # (N,)
+                    picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
                 # ---- good generator: pairs (x, y) real, (G(z, y), y) fake; Li et al. 2017 ----
                 if args.good_generator:
