@@ -1,12 +1,16 @@
 """Seconds until MNIST's validation accuracy passes the Keras article's 90.67%, ours and its way.
 
     python tests/bench_time_to_accuracy.py
+    python tests/bench_time_to_accuracy.py --curve runs/article
 
 Ours is `python sgan_mnist.py`, which reads its validation accuracy after each epoch; flags such as
 `--epochs 8` go to it. The article's way is written here plainly: its networks, batches of 32, Adam
 1e-3, a backward pass for each loss, no augmentation, no average of the weights. It is read every
 100 steps, and stopped after --max-minutes. Both learn the same 100 labels, one after the other. The
 article trained for 6,000 steps; its accuracy is of test images, ours of validation images.
+
+The second form trains the article's way alone, for all of --max-minutes, and writes the curve that
+`tests/sweep.py --curves` draws.
 """
 
 import argparse
@@ -55,14 +59,14 @@ class Classifier(nn.Module):
         return (self.layers(x),)
 
 
-def articles(digits, val, device, limit):
-    """[(seconds, validation accuracy)] of the article's way, up to its accuracy or the limit."""
+def articles(digits, val, device, limit, goal=ARTICLE):
+    """[(seconds, validation accuracy)] of the article's way, up to the goal or limit seconds."""
     x_labeled, y_labeled, x_unlabeled = digits
     classifier, g = Classifier().to(device), generator().to(device)
     opt_d = torch.optim.Adam(classifier.parameters(), 1e-3)
     opt_g = torch.optim.Adam(g.parameters(), 1e-3)
     curve, seconds, step = [(0.0, 0.0)], 0.0, 0
-    while seconds < limit and curve[-1][1] < ARTICLE:
+    while seconds < limit and curve[-1][1] < goal:
         started = time.perf_counter()
         for _ in range(100):
             step += 1
@@ -112,13 +116,22 @@ def summary(curve):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--max-minutes", type=float, default=20)
+    parser.add_argument("--curve", help="folder for the curve of the article's way alone")
     args, flags = parser.parse_known_args()  # the others are for sgan_mnist.py
-    device = pick_device("auto")
-    mine = ours(flags)
+    device, limit = pick_device("auto"), 60 * args.max_minutes
+    mine = None if args.curve else ours(flags)
     sys.argv = ["sgan_mnist.py", *flags]
-    *digits, val, _ = sgan_mnist.read_data(sgan_mnist.parse_args(), device)
-    torch.manual_seed(0)
-    theirs = articles(digits, val, device, 60 * args.max_minutes)
+    settings = sgan_mnist.parse_args()
+    *digits, val, _ = sgan_mnist.read_data(settings, device)
+    torch.manual_seed(settings.seed)
+    if args.curve:
+        curve = articles(digits, val, device, limit, goal=1.0)
+        folder = Path(args.curve) / f"article__split{settings.split_seed}__seed{settings.seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "metrics.csv", "w", newline="") as f:
+            csv.writer(f).writerows([("seconds", "val_accuracy_ema"), *curve[1:]])
+        return
+    theirs = articles(digits, val, device, limit)
     print(f"\n{ARTICLE:.2%} of validation images, {torch.get_num_threads()} threads, {device}:")
     print(f"ours: {summary(mine)}\nthe article's way: {summary(theirs)}")
 
