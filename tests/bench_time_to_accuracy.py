@@ -59,8 +59,9 @@ class Classifier(nn.Module):
         return (self.layers(x),)
 
 
-def articles(digits, val, device, limit, goal=ARTICLE):
+def articles(digits, val, device, seed, limit, goal=ARTICLE):
     """[(seconds, validation accuracy)] of the article's way, up to the goal or limit seconds."""
+    torch.manual_seed(seed)
     x_labeled, y_labeled, x_unlabeled = digits
     classifier, g = Classifier().to(device), generator().to(device)
     opt_d = torch.optim.Adam(classifier.parameters(), 1e-3)
@@ -119,19 +120,18 @@ def main():
     parser.add_argument("--curve", help="folder for the curve of the article's way alone")
     args, flags = parser.parse_known_args()  # the others are for sgan_mnist.py
     device, limit = pick_device("auto"), 60 * args.max_minutes
-    mine = None if args.curve else ours(flags)
     sys.argv = ["sgan_mnist.py", *flags]
     settings = sgan_mnist.parse_args()
     *digits, val, _ = sgan_mnist.read_data(settings, device)
-    torch.manual_seed(settings.seed)
     if args.curve:
-        curve = articles(digits, val, device, limit, goal=1.0)
+        curve = articles(digits, val, device, settings.seed, limit, goal=1.0)
         folder = Path(args.curve) / f"article__split{settings.split_seed}__seed{settings.seed}"
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "metrics.csv", "w", newline="") as f:
             csv.writer(f).writerows([("seconds", "val_accuracy_ema"), *curve[1:]])
         return
-    theirs = articles(digits, val, device, limit)
+    mine = ours(flags)
+    theirs = articles(digits, val, device, settings.seed, limit)
     print(f"\n{ARTICLE:.2%} of validation images, {torch.get_num_threads()} threads, {device}:")
     print(f"ours: {summary(mine)}\nthe article's way: {summary(theirs)}")
 
