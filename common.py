@@ -576,7 +576,7 @@ class Run:
     """
 
     def __init__(self, out_dir, name: str, config: dict, resume=None, rows=()):
-        self.config, self.rows = dict(config), list(rows)  # as given: a dry run changes some flags
+        self.config, self.rows = dict(config), list(rows)
         if resume:
             self.dir = Path(resume)
             for half_written in self.dir.glob(".*.tmp"):  # by a process that was killed

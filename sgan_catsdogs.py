@@ -520,10 +520,11 @@ def main():
     def held_out(photos):  # batches for evaluation, in order, each image once
         return islice(photos.batches(args.batch_size), 2 if args.dry_run else None)
 
+    epochs = args.epochs
     steps_per_epoch = 100 if args.supervised_only else len(unlabeled.files) // args.batch_size
     if args.dry_run:
-        args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
-    total_steps = args.epochs * steps_per_epoch
+        epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
+    total_steps = epochs * steps_per_epoch
     labeled_batch = min(LABELED_BATCH, num_labeled) // world  # images of this process in a step
     unlabeled_batch = args.batch_size // world
     # at least 2, as batch norm needs a variance; no more where the GAN is off
@@ -544,18 +545,18 @@ def main():
                              f"`{resume_command(run)}`")
 
     means, photo_sizes = EpochMeans(), sizes(photos)
-    for epoch in range(step // steps_per_epoch + 1, args.epochs + 1):
+    for epoch in range(step // steps_per_epoch + 1, epochs + 1):
         first = step % steps_per_epoch  # 0, unless the run was ended within this epoch
         order = np.random.default_rng([args.seed, epoch]).permutation(len(unlabeled.files))
         order = order[first * args.batch_size:steps_per_epoch * args.batch_size][rank::world]
         batches = unlabeled.batches(unlabeled_batch, order)
         epoch_started = time.perf_counter()
-        for _ in tqdm(range(first, steps_per_epoch), f"epoch {epoch}/{args.epochs}",
+        for _ in tqdm(range(first, steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
             # over the second half of the steps
-            falling = 1 if args.constant_lr else min(1, 2 * (1 - step / total_steps))
+            lr_factor = 1 if args.constant_lr else min(1, 2 * (1 - step / total_steps))
             for opt, lr in ((opt_d, args.lr), (opt_g, args.lr_generator)):
-                opt.param_groups[0]["lr"] = lr * falling
+                opt.param_groups[0]["lr"] = lr * lr_factor
             step += 1
             chosen = torch.randperm(len(x_labeled), device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
@@ -618,7 +619,7 @@ def main():
                 # -E [x is picked] log p(teacher's label | augmented x)
                 loss_con = F.cross_entropy(logits_picked.float(), y_teacher[picked],
                                            reduction="sum") / len(x_unl)
-                # 0.5: as in the code of Salimans et al., where gan_weight is 1
+                # the code of Salimans et al. has this 0.5, and gan_weight 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.rotation_weight * loss_turn + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
@@ -659,7 +660,10 @@ def main():
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             for ema, now in zip(classifier_ema.state_dict().values(),
                                 classifier.state_dict().values()):
-                ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+                if ema.is_floating_point():
+                    ema.lerp_(now, 1 - decay)
+                else:  # the number of batches that batch norm has seen
+                    ema.copy_(now)
             if signals and step % steps_per_epoch:
                 save_state()
                 stop_if_asked()
@@ -676,10 +680,10 @@ def main():
             scores_ema = evaluate(classifier_ema, held_out(val), num_classes)
             if not args.supervised_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, model, scored in (("raw", classifier, scores),
+        for weights, model, result in (("raw", classifier, scores),
                                        ("ema", classifier_ema, scores_ema)):
-            if scored["accuracy"] > best_val:
-                best_val = scored["accuracy"]
+            if result["accuracy"] > best_val:
+                best_val = result["accuracy"]
                 run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
                                      "epoch": epoch, "val_accuracy": best_val, **for_predict})
         run.log_epoch({"step": step, "epoch": epoch,
@@ -696,7 +700,7 @@ def main():
 
     # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
-                          "epoch": args.epochs, "generator": generator.state_dict(),
+                          "epoch": epochs, "generator": generator.state_dict(),
                           **for_predict})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
     classifier.load_state_dict(best["classifier"])

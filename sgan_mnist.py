@@ -1,19 +1,20 @@
 """Semi-supervised GAN on MNIST: 60,000 digits, 100 of them labeled.
 
-Two classifiers train side by side. A perceptron learns from the labeled digits. It is also the
-discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x).
-The generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
-sections 3.1 and 5). A convolutional network, the student, learns the labeled digits, augmented.
+Two classifiers train side by side. A multilayer perceptron learns from the labeled digits. It is
+also the discriminator of a GAN on all digits: its K = 10 logits give D(x) = Z/(Z+1), with
+Z = sum_k exp l_k(x). The generator matches the mean features of real digits (Salimans et al. 2016,
+arXiv:1606.03498, sections 3.1 and 5). A convolutional network, the student, learns the labeled
+digits, augmented.
 
-In the second half of the epochs the moving averages (EMA) of both teach: they label the unlabeled
-digits together. The student learns these labels too, on augmented digits. The perceptron learns
-those that the averages are sure of. The student's average is what is scored, with --gan-only the
-perceptron's.
+In the second half of the epochs the moving averages (EMA) of both are the teacher: the mean of
+their logits labels the unlabeled digits. The student learns these labels too, on augmented digits.
+The perceptron learns those that the teacher is sure of. The student's average is what is scored,
+with --gan-only the perceptron's.
 
-With --good-generator a second generator draws digits of a class to order (Triple-GAN, Li et al.
-2017, arXiv:1703.02291). A pair discriminator learns to tell its pairs of digit and class from real
-digits with their labels, true or of the averages. The perceptron learns the digits made to order.
-Beside the GAN that is UGAN (Li et al. 2019, arXiv:1910.08540).
+With --good-generator a second generator makes digits of a given class (Triple-GAN, Li et al. 2017,
+arXiv:1703.02291). Its adversary, the pair discriminator, judges digit and class together. The
+perceptron learns the digits made to order. Together with the first GAN this is UGAN (Li et al.
+2019, arXiv:1910.08540).
 
     python sgan_mnist.py                                   # 100 labels, 10 of each digit
     python sgan_mnist.py --gan-only --epochs 40            # the perceptron and its GAN alone
@@ -43,12 +44,12 @@ from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluat
                     real_logit, save_samples, say, unlabeled_loss)
 
 NUM_CLASSES = 10
-NUM_VAL = 5000  # labeled images that only watch the training; the headline figure needs none
+NUM_VAL = 5000  # labeled images for validation; the headline accuracy does not use them
 LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
 STUDENT_LABELED = 50  # labeled images in each step of the student
-CONFIDENCE = 0.8  # the perceptron learns a label of the averages if its probability is above
-# highest decays of the averages; before step 90,000 that of the perceptron is lower, see below
+CONFIDENCE = 0.8  # the perceptron learns only those of the teacher's labels that are more probable
+# caps of the decay (1 + step) / (10 + step); the first one is reached at step 90,000
 PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
 GOOD_LR = 1e-3  # Adam learning rate of the good generator and of the pair discriminator
 MADE_WEIGHT = 0.1  # weight of the perceptron's loss on digits made to order
@@ -79,11 +80,11 @@ def parse_args():
     train.add_argument("--epochs", type=number(int, minimum=1), default=16,
                        help="passes over the unlabeled images; as many steps for the baseline")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
-                       help="unlabeled images in each step, and generated ones")
+                       help="unlabeled images in each step, and as many generated ones")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
                        help="Adam learning rate; the student's falls to 0 in the second half")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
-                       help="weight of the mean of unlabeled and fake loss; 0: no GAN")
+                       help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
     train.add_argument("--good-generator", action="store_true",
                        help="train a generator of digits of a given class beside the GAN's")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
@@ -136,9 +137,11 @@ def read_data(args, device):
 def augment(x, strength):
     """Redraw each digit a little differently; (N, 1, 28, 28) -> the same.
 
-    Strength 1: shifts up to 2 pixels, turns up to 14 degrees, sides from 17% shorter to 25% longer,
-    shear up to 17 degrees, a smooth warp (standard deviation 1 pixel at 5 x 5 nodes), strokes
-    thicker or thinner in 6 images of 10. Strength 0 leaves the images as they are.
+    Strength 0 leaves the images as they are, up to rounding. Strength 1:
+        shifts up to 2 pixels, turns up to 14 degrees, shear up to 17 degrees;
+        sides from 17% shorter to 25% longer;
+        a smooth warp, of standard deviation 1 pixel at 5 x 5 nodes;
+        strokes thicker or thinner, in 6 images of 10.
     """
     n, device = len(x), x.device
     uniform = (torch.rand(6, n, device=device) * 2 - 1) * strength  # (6, N)
@@ -271,7 +274,10 @@ def update_average(average, network, decay, step):
     """
     decay = min(decay, (1 + step) / (10 + step))
     for ema, now in zip(average.state_dict().values(), network.state_dict().values()):
-        ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+        if ema.is_floating_point():
+            ema.lerp_(now, 1 - decay)
+        else:  # the number of batches that batch norm has seen
+            ema.copy_(now)
 
 
 def main():
@@ -285,33 +291,33 @@ def main():
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
     method = "supervised" if args.supervised_only else "gan-only" if args.gan_only else "sgan"
 
-    def held_out(part):  # batches for evaluation, in order, each image once
-        batches = ((x / 255, y) for x, y in zip(part[0].split(1000), part[1].split(1000)))
+    def held_out(images, labels):  # batches for evaluation, in order, each image once
+        batches = ((x / 255, y) for x, y in zip(images.split(1000), labels.split(1000)))
         return islice(batches, 2 if args.dry_run else None)
 
     # ---- networks, optimizers, and the average of each classifier ----
     perceptron, generator = Perceptron().to(device), Generator().to(device)
     student = Student().to(device).to(memory_format=torch.channels_last)
-    some = x_unlabeled[torch.randperm(len(x_unlabeled), device=device)[:500]] / 255
-    perceptron.standardise(some)
-    perceptron_ema, student_ema = (deepcopy(network).requires_grad_(False).eval()
-                                   for network in (perceptron, student))
-    network, average = ((perceptron, perceptron_ema) if args.gan_only else
-                        (student, student_ema))  # that are scored
-    # eps: the code of Salimans et al. adds 1e-8 within the square root, torch adds it after
-    opt_d, opt_g = (torch.optim.Adam([p for p in network.parameters() if p.requires_grad], args.lr,
-                                     betas=(0.5, 0.999), eps=1e-4, fused=True)
-                    for network in (perceptron, generator))
+    x_init = x_unlabeled[torch.randperm(len(x_unlabeled), device=device)[:500]] / 255
+    perceptron.standardise(x_init)
+    perceptron_ema = deepcopy(perceptron).requires_grad_(False).eval()
+    student_ema = deepcopy(student).requires_grad_(False).eval()
+    scored, scored_ema = ((perceptron, perceptron_ema) if args.gan_only else
+                          (student, student_ema))
+    # eps: Salimans et al. divide by sqrt(v + 1e-8), torch by sqrt(v) + eps
+    gan_adam = {"lr": args.lr, "betas": (0.5, 0.999), "eps": 1e-4, "fused": True}
+    opt_d = torch.optim.Adam(perceptron.parameters(), **gan_adam)
+    opt_g = torch.optim.Adam(generator.parameters(), **gan_adam)
     opt_s = torch.optim.Adam(student.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.rand(100, LATENT_DIM, device=device)
     if args.good_generator:  # only then, so that other runs keep their random numbers
         # logit k of the pair discriminator says how real the pair of an image and class k is
         pair_d, good = Perceptron().to(device), Generator(LATENT_DIM + NUM_CLASSES).to(device)
-        pair_d.standardise(some)
+        pair_d.standardise(x_init)
         good_ema = deepcopy(good).requires_grad_(False).eval()
-        opt_pair_d, opt_good = (
-            torch.optim.Adam([p for p in network.parameters() if p.requires_grad], GOOD_LR,
-                             betas=(0.5, 0.999), fused=True) for network in (pair_d, good))
+        good_adam = {"lr": GOOD_LR, "betas": (0.5, 0.999), "fused": True}
+        opt_pair_d = torch.optim.Adam(pair_d.parameters(), **good_adam)
+        opt_good = torch.optim.Adam(good.parameters(), **good_adam)
         of_each_class = torch.arange(100, device=device) // 10  # (100,) a row of samples a class
         fixed_pairs = torch.cat([fixed_z, F.one_hot(of_each_class, NUM_CLASSES)], dim=1)
     autocast = bf16_autocast(device)
@@ -322,7 +328,7 @@ def main():
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     if args.dry_run:
         epochs, steps_per_epoch = min(2, epochs), min(2, steps_per_epoch)
-    m = min(STUDENT_LABELED, len(x_labeled))
+    n_student = min(STUDENT_LABELED, len(x_labeled))
     step, total_steps, best_val = 0, epochs * steps_per_epoch, -1.0
     # running mean over the steps of p(y | x), as both averages predict it together
     p_mean = torch.full((NUM_CLASSES,), 1 / NUM_CLASSES, device=device)  # (K,)
@@ -347,7 +353,7 @@ def main():
                 with autocast:
                     x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
-                # ---- the averages label the digits, all classes about equally often ----
+                # ---- the teacher labels the digits, all classes about equally often ----
                 # In the first half too: p_mean settles, and a good generator needs the labels.
                 if args.good_generator or not args.gan_only:
                     with torch.no_grad(), autocast:
@@ -360,7 +366,7 @@ def main():
                     p_max, y_ema = p_ema.max(dim=1)  # (N,)
                     picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
-                # ---- good generator: pairs (x, y) real, (G(z, y), y) fake; Li et al. 2017 ----
+                # ---- good generator and pair discriminator; Li et al. 2017, section 3.1 ----
                 if args.good_generator:
                     y_made = torch.arange(len(z), device=device) % NUM_CLASSES  # (N,) made to order
                     with autocast:
@@ -369,9 +375,9 @@ def main():
                     d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
                     # each -E log p of what is right, real or fake; sigmoid d is p(real)
                     loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled digits
-                                 + 0.9 * unlabeled_loss(at(d_unl, y_ema))  # real: labels of the EMA
+                                 + 0.9 * unlabeled_loss(at(d_unl, y_ema))  # real: likeliest labels
                                  + 0.5 * fake_loss(at(d_made, y_made))  # fake: digits made to order
-                                 # fake: digits with a label from p(y | x), in the mean
+                                 # fake: digits with a label drawn from p(y | x), in expectation
                                  + 0.5 * (p_ema * F.softplus(d_unl)).sum(dim=1).mean())
                     opt_pair_d.zero_grad()
                     loss_pair.backward()
@@ -398,9 +404,9 @@ def main():
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # 0.5: as in the code of Salimans et al., where gan_weight is 1
+                # the code of Salimans et al. has this 0.5, and gan_weight 1
                 loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                if teach:  # -E [x is picked] log p(label by both averages | x)
+                if teach:  # -E [x is picked] log p(teacher's label | x)
                     loss_con = (F.cross_entropy(logits_unl.float(), y_ema, reduction="none")
                                 * picked).mean()
                     loss_d = loss_d + loss_con
@@ -428,17 +434,19 @@ def main():
                            "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
                            "monitor/p_real_fake": r_fake.sigmoid().mean()}
 
-            # ---- student: true labels, and those of both averages, on augmented digits ----
+            # ---- student: true labels and the teacher's, on augmented digits ----
             if not args.gan_only:
-                falling = min(1, 2 * (1 - (step - 1) / total_steps))  # over the second half
-                opt_s.param_groups[0]["lr"] = args.lr * falling
-                x = torch.cat([x_lab[:m], x_unl]) if teach else x_lab[:m]
-                x = augment(x, args.augmentation)  # (m + N, 1, 28, 28), or (m, 1, 28, 28)
-                with autocast:
-                    logits, _ = student(x)  # (m + N, K)
-                loss_s = labeled_loss(logits[:m], y_lab[:m])  # -E log p(y | augmented x)
+                lr_factor = min(1, 2 * (1 - (step - 1) / total_steps))  # falls in the second half
+                opt_s.param_groups[0]["lr"] = args.lr * lr_factor
+                x, y = x_lab[:n_student], y_lab[:n_student]  # (n, 1, 28, 28), (n,)
                 if teach:
-                    loss_s = loss_s + labeled_loss(logits[m:], y_ema)
+                    x, y = torch.cat([x, x_unl]), torch.cat([y, y_ema])  # (n + N, ...), (n + N,)
+                with autocast:
+                    logits, _ = student(augment(x, args.augmentation))
+                # -E log p(y | augmented x), over each kind of label
+                loss_s = labeled_loss(logits[:n_student], y[:n_student])
+                if teach:
+                    loss_s = loss_s + labeled_loss(logits[n_student:], y[n_student:])
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()
@@ -448,18 +456,18 @@ def main():
 
         # ---- once an epoch: means of the losses, validation, samples, best weights ----
         epoch_means = means.take()  # waits for the device
-        images_seen = steps_per_epoch * (m if args.supervised_only else args.batch_size)
+        images_seen = steps_per_epoch * (n_student if args.supervised_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
-            scores = evaluate(network, held_out(val), NUM_CLASSES)
-            scores_ema = evaluate(average, held_out(val), NUM_CLASSES)
+            scores = evaluate(scored, held_out(*val), NUM_CLASSES)
+            scores_ema = evaluate(scored_ema, held_out(*val), NUM_CLASSES)
             if not args.supervised_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
             if args.good_generator:
                 save_samples(good_ema, fixed_pairs, run.dir / "samples" / f"good_{epoch:03d}.png")
-        for weights, model, scored in (("raw", network, scores), ("ema", average, scores_ema)):
-            if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
-                best_val = scored["accuracy"]
+        for weights, model, result in (("raw", scored, scores), ("ema", scored_ema, scores_ema)):
+            if not result["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
+                best_val = result["accuracy"]
                 run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
                                      "epoch": epoch, "val_accuracy": best_val})
         run.log_epoch({"step": step, "epoch": epoch,
@@ -470,14 +478,14 @@ def main():
                        "images_per_s": round(images_per_s, 1)})
 
     # ============ the end: test images are scored here only, by two sets of weights ============
-    good_generator = {"good_generator": good_ema.state_dict()} if args.good_generator else {}
-    run.save("final.pt", {"classifier": average.state_dict(), "weights": "ema", "epoch": epoch,
-                          "generator": generator.state_dict(), **good_generator})
+    good_weights = {"good_generator": good_ema.state_dict()} if args.good_generator else {}
+    run.save("final.pt", {"classifier": scored_ema.state_dict(), "weights": "ema", "epoch": epoch,
+                          "generator": generator.state_dict(), **good_weights})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
-    network.load_state_dict(best["classifier"])
+    scored.load_state_dict(best["classifier"])
     with autocast:
-        scores = evaluate(average, held_out(test), NUM_CLASSES)
-        scores_best = evaluate(network, held_out(test), NUM_CLASSES)
+        scores = evaluate(scored_ema, held_out(*test), NUM_CLASSES)
+        scores_best = evaluate(scored, held_out(*test), NUM_CLASSES)
     run.finish(device, script="sgan_mnist", method=method, steps=step,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])

@@ -1,13 +1,13 @@
 """Semi-supervised GAN on SVHN: photos of house numbers, 1000 digits of them labeled.
 
-A convolutional classifier learns from the labeled digits, and is at the same time the
-discriminator of a GAN on all of them: its K logits give D(x) = Z/(Z+1), Z = sum_k exp l_k(x). The
-generator matches the mean features of real digits (Salimans et al. 2016, arXiv:1606.03498,
-sections 3.1 and 5). Two flags choose other forms of both.
+A convolutional classifier learns from the labeled digits. It is also the discriminator of a GAN on
+all digits: its K logits give D(x) = Z/(Z+1), with Z = sum_k exp l_k(x). The generator matches the
+mean features of real digits (Salimans et al. 2016, arXiv:1606.03498, sections 3.1 and 5).
+--real-logit and --generator-loss choose other forms.
 
-It begins with a warm-up on the labeled digits alone. From then on the moving average (EMA) of the
-classifier labels the unlabeled digits that it is sure of, and the classifier learns these labels
-too, on augmented digits. The average is what is scored.
+Training begins with a warm-up on the labeled digits alone. From then on the moving average (EMA) of
+the classifier is the teacher: it labels the unlabeled digits that it is sure of. The classifier
+learns these labels too, on augmented digits. The average is what is scored.
 
     python sgan_svhn.py                         # 1000 labels, 100 of each digit
     python sgan_svhn.py --supervised-only       # the baseline: labeled digits alone
@@ -35,11 +35,11 @@ from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluat
                     real_logit, save_samples, say, unlabeled_loss)
 
 NUM_CLASSES = 10
-NUM_VAL = 1000  # labeled images that only watch the training; the headline figure needs none
+NUM_VAL = 1000  # labeled images for validation; the headline accuracy does not use them
 LATENT_DIM = 100
 FAKE_BATCH = 50  # generated images in each step
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
-CONFIDENCE = 0.9  # probability from which on a label by the EMA classifier is trained on
+CONFIDENCE = 0.9  # the teacher's label of a digit counts if it is more probable than this
 
 
 def parse_args():
@@ -49,7 +49,7 @@ def parse_args():
     run.add_argument("--seed", type=number(int, minimum=0, below=2**63), default=0,
                      help="seed of initialisation, batches and augmentation")
     run.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
-                     help="seed of the draw of labeled images")
+                     help="seed of the draw of labeled and validation images")
     run.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto",
                      help="device to train on; auto takes the GPU if there is one")
     run.add_argument("--out-dir", default="runs", help="folder in which the run's folder is made")
@@ -113,7 +113,7 @@ def load_images(data_dir, filename):
     if x.shape[1:] != (3, 32, 32) or x.dtype != torch.uint8 or len(x) != len(y) or len(x) == 0:
         die(f"{path} must hold X (32, 32, 3, N) uint8 and y (N, 1), but X is {data['X'].shape} "
             f"{data['X'].dtype} and y is {data['y'].shape}")
-    if y.min() < 0 or y.max() > NUM_CLASSES:
+    if y.min() < 0 or y.max() > NUM_CLASSES or y.max() - y.min() == NUM_CLASSES:
         die(f"{path} holds labels from {y.min()} to {y.max()}, but those of SVHN are 1 to 10")
     return x, y % NUM_CLASSES  # the file says 10 for the digit 0
 
@@ -144,11 +144,13 @@ def read_data(args, device):
 def augment(x, strength):
     """Take each photo a little differently, differentiable; (N, 3, 32, 32) -> the same.
 
-    Strength 1: shifts up to 2 pixels, turns up to 10 degrees, sides from 15% shorter to 20% longer,
-    shear up to 10 degrees; each colour channel spread by 0.8 to 1.2 about the image's mean, then
-    shifted by up to half its standard deviation, so that values may leave [0, 1]; up to a 3 x 3
-    blur, or as much sharper; a rectangle of up to 8 x 8 pixels in the image's mean colour. Strength
-    0 leaves the images as they are.
+    Strength 0 leaves the images as they are. After strength 1 values may leave [0, 1]:
+        shifts up to 2 pixels, turns and shear up to 10 degrees;
+        sides from 15% shorter to 20% longer;
+        each colour channel spread by 0.8 to 1.2 about the image's mean;
+        each colour channel shifted by up to half of the image's standard deviation;
+        up to a 3 x 3 blur, or as much sharper;
+        a rectangle of up to 8 x 8 pixels in the image's mean colour.
     """
     if strength == 0:
         return x  # sampled between pixels, they would be the same up to rounding only
@@ -266,8 +268,8 @@ def main():
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
     method = "supervised" if args.supervised_only else "sgan"
 
-    def held_out(part):  # batches for evaluation, in order, each image once
-        batches = ((x / 255, y) for x, y in zip(part[0].split(1000), part[1].split(1000)))
+    def held_out(images, labels):  # batches for evaluation, in order, each image once
+        batches = ((x / 255, y) for x, y in zip(images.split(1000), labels.split(1000)))
         return islice(batches, 2 if args.dry_run else None)
 
     classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
@@ -281,23 +283,23 @@ def main():
     # ---- the run's folder, and the number of steps ----
     run = Run(args.out_dir, f"sgan_svhn__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
-    steps_per_epoch = len(x_unlabeled) // args.batch_size
+    epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
+    warmup_steps = args.warmup_steps
     if args.dry_run:
-        args.epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
-        args.warmup_steps = min(2, args.warmup_steps)
-    total_steps = args.warmup_steps + args.epochs * steps_per_epoch
+        epochs, steps_per_epoch, warmup_steps = 1, min(2, steps_per_epoch), min(2, warmup_steps)
+    total_steps = warmup_steps + epochs * steps_per_epoch
     step, best_val = 0, -1.0
 
     means, started = EpochMeans(), time.perf_counter()
-    for epoch in range(0 if args.warmup_steps else 1, args.epochs + 1):  # epoch 0: the warm-up
-        order = torch.randperm(len(x_unlabeled), device=device)
-        steps = steps_per_epoch if epoch else args.warmup_steps
+    for epoch in range(0 if warmup_steps else 1, epochs + 1):  # epoch 0: the warm-up
+        order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
+        steps = steps_per_epoch if epoch else warmup_steps
         labeled_only = args.supervised_only or epoch == 0
         epoch_started = time.perf_counter()
-        for i in tqdm(range(steps), f"epoch {epoch}/{args.epochs}", disable=None, leave=False):
-            falling = min(1, 2 * (1 - step / total_steps))  # over the second half of the steps
-            for opt, lr in ((opt_d, args.lr), (opt_g, args.lr)):
-                opt.param_groups[0]["lr"] = lr * falling
+        for i in tqdm(range(steps), f"epoch {epoch}/{epochs}", disable=None, leave=False):
+            lr_factor = min(1, 2 * (1 - step / total_steps))  # falls in the second half
+            for opt in (opt_d, opt_g):
+                opt.param_groups[0]["lr"] = args.lr * lr_factor
             step += 1
             chosen = torch.randperm(len(x_labeled), device=device)[:LABELED_BATCH]
             x_lab = augment(x_labeled[chosen] / 255, args.augmentation)  # (n, 3, 32, 32)
@@ -313,7 +315,7 @@ def main():
                 means.add(step, {"loss/lab": loss_lab})
 
             else:
-                x_unl = x_unlabeled[order[i * args.batch_size:(i + 1) * args.batch_size]] / 255
+                x_unl = x_unlabeled[order[i]] / 255  # (N, 3, 32, 32)
                 z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
@@ -337,21 +339,22 @@ def main():
                         _, _, r_fake = classifier(x_fake.detach())  # (M,)
                     logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-                # -E log D(x), smoothed by s (Salimans, 3.4) -E [(1 - s) log D(x) + s log(1 - D(x))]
+                # -E log D(x), or smoothed by s (Salimans et al. 2016, section 3.4):
+                # -E [(1 - s) log D(x) + s log(1 - D(x))]
                 loss_unl = unlabeled_loss(r_unl).lerp(fake_loss(r_unl), args.real_label_smoothing)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
                 # -E [x is picked] log p(teacher's label | augmented x), as in FixMatch
-                # (Sohn et al. 2020, arXiv:2001.07685, section 2), where there is no EMA in training
+                # (Sohn et al. 2020, arXiv:2001.07685, section 2), whose teacher is no EMA
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * picked).mean()
-                # 0.5: as in the code of Salimans et al., where gan_weight is 1
+                # the code of Salimans et al. has this 0.5, and gan_weight 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
 
-                # ---- generator, through the updated classifier; feat_unl is from before ----
+                # ---- generator, through the updated classifier; feat_unl is from before that ----
                 classifier.requires_grad_(False)
                 with autocast, frozen_statistics(classifier):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 128), (M,)
@@ -379,21 +382,24 @@ def main():
             decay = min(args.ema_decay, (1 + step) / (10 + step))
             for ema, now in zip(classifier_ema.state_dict().values(),
                                 classifier.state_dict().values()):
-                ema.lerp_(now, 1 - decay) if ema.is_floating_point() else ema.copy_(now)
+                if ema.is_floating_point():
+                    ema.lerp_(now, 1 - decay)
+                else:  # the number of batches that batch norm has seen
+                    ema.copy_(now)
 
         # ---- once an epoch: means of the losses, validation, samples, best weights ----
         epoch_means = means.take()  # waits for the device
         images_seen = steps * (len(x_lab) if labeled_only else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
-            scores = evaluate(classifier, held_out(val), NUM_CLASSES)
-            scores_ema = evaluate(classifier_ema, held_out(val), NUM_CLASSES)
+            scores = evaluate(classifier, held_out(*val), NUM_CLASSES)
+            scores_ema = evaluate(classifier_ema, held_out(*val), NUM_CLASSES)
             if not labeled_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, model, scored in (("raw", classifier, scores),
+        for weights, model, result in (("raw", classifier, scores),
                                        ("ema", classifier_ema, scores_ema)):
-            if not scored["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
-                best_val = scored["accuracy"]
+            if not result["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
+                best_val = result["accuracy"]
                 run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
                                      "epoch": epoch, "val_accuracy": best_val})
         run.log_epoch({"step": step, "epoch": epoch,
@@ -405,12 +411,12 @@ def main():
 
     # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
-                          "epoch": args.epochs, "generator": generator.state_dict()})
+                          "epoch": epoch, "generator": generator.state_dict()})
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
     classifier.load_state_dict(best["classifier"])
     with autocast:
-        scores = evaluate(classifier_ema, held_out(test), NUM_CLASSES)
-        scores_best = evaluate(classifier, held_out(test), NUM_CLASSES)
+        scores = evaluate(classifier_ema, held_out(*test), NUM_CLASSES)
+        scores_best = evaluate(classifier, held_out(*test), NUM_CLASSES)
     run.finish(device, script="sgan_svhn", method=method, steps=step,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])

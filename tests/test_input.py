@@ -110,6 +110,7 @@ BAD_SVHN = {
     "images first": lambda path: savemat(path, {"X": IMAGES.transpose(3, 0, 1, 2),
                                                 "y": np.ones((30, 1))}),
     "float images": lambda path: savemat(path, {"X": IMAGES / 1.0, "y": np.ones((30, 1))}),
+    "0 beside 10": lambda path: savemat(path, {"X": IMAGES, "y": np.arange(30)[:, None] % 11}),
     "fewer labels": lambda path: savemat(path, {"X": IMAGES, "y": np.ones((29, 1))})}
 
 
