@@ -1,7 +1,7 @@
-"""What the four scripts share: the log-sum-exp loss, the DALI loader, and evaluation.
+"""What the scripts share: the log-sum-exp loss, the DALI loader, and evaluation.
 
-The sections stand in the order in which a script uses them. Networks, training loops and
-hyper-parameters are in the scripts.
+The sections stand in the order in which a script uses them. Image files and the DALI loader are for
+photos. Networks, training loops and hyper-parameters are in the scripts.
 
 Notation: l(x) are the K logits of the classifier and Z(x) = sum_k exp l_k(x). The classifier is
 also the discriminator D(x) = Z / (Z + 1) (Salimans et al. 2016, arXiv:1606.03498, section 5).
@@ -18,7 +18,6 @@ import math
 import os
 import re
 import resource
-import shutil
 import sys
 import time
 import warnings
@@ -78,6 +77,7 @@ def fool_loss(r: Tensor) -> Tensor:
     """
     return F.softplus(-float32_at_least(r)).mean()
 
+
 # ========================================= flags and device =======================================
 
 
@@ -102,10 +102,13 @@ def say(*words, file=None):
 def number(kind, *, minimum=-math.inf, above=-math.inf, maximum=math.inf, below=math.inf):
     """A `type=` for argparse: `number(int, minimum=1)` accepts whole numbers from 1 on.
 
-    kind is int or float. A value outside the bounds, or NaN, is refused with the flag's name.
+    kind is int or float. A value outside the bounds, or infinite, or NaN, is refused with the
+    flag's name.
     """
     def parse(text):
         value = kind(text)
+        if value in (math.inf, -math.inf):
+            raise argparse.ArgumentTypeError(f"it must be a finite number, but is {text}")
         if not (minimum <= value <= maximum and above < value < below):
             bounds = [f"{word} {bound}" for word, bound in (
                 ("at least", minimum), ("above", above), ("at most", maximum), ("below", below))
@@ -217,8 +220,8 @@ def check_images(folder, flag: str):
     """All image files below a folder -> (usable paths, sorted; {unusable path: reason}).
 
     Links are followed. OTHER_FILES and OTHER_FOLDERS are passed over. Exits with status 2 and the
-    flag's name if the folder is missing, empty or cannot be read. It does so, too, if more than
-    half of the files are unusable.
+    flag's name if the folder is missing, empty or cannot be read, or if more than half of its files
+    are unusable.
     """
     def refuse(error):
         die(f"{flag} {folder}: the folder {error.filename} cannot be read ({error.strerror}); make "
@@ -259,8 +262,8 @@ def classes_of(images, folder, flag: str, at_least=1) -> list:
     """The class of each labeled image: its subfolder, or else its name without a number at the end.
 
     american_bulldog_1.jpg is of class american_bulldog; cat.12.jpg, cat (7).jpg and cat3.jpg are of
-    class cat. Exits with status 2 if only some images are in subfolders or a name is but a number.
-    It does so, too, if there are fewer classes than at_least.
+    class cat. Exits with status 2 if only some images are in subfolders, if a name is but a number,
+    or if there are fewer classes than at_least.
     """
     loose = [path for path in images if path.parent == Path(folder)]
     if 0 < len(loose) < len(images):
@@ -275,7 +278,7 @@ def classes_of(images, folder, flag: str, at_least=1) -> list:
         die(f"{path} has no class: put it in a subfolder, or begin its name with the class")
     if len(set(classes)) < at_least:
         die(f"{flag} {folder} holds one class only ({classes[0]}): at least two are needed; name "
-            "the folder right above their subfolders, or that of files like cat.0.jpg, dog.0.jpg")
+            "a folder with a subfolder for each class, or with files like cat.0.jpg, dog.0.jpg")
     return classes
 
 
@@ -287,11 +290,10 @@ def check_labeled(folder, flag: str, class_names=None):
     flag's name on bad input, a single class included.
     """
     images, unusable = check_images(folder, flag)
+    if class_names is None and unusable:
+        die(f"each file in {flag} {folder} must be an image; repair or remove" + listing(unusable))
     classes = classes_of(images, folder, flag, at_least=2 if class_names is None else 1)
     if class_names is None:
-        if unusable:
-            die(f"each file in {flag} {folder} must be an image; repair or remove"
-                + listing(unusable))
         empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
                  and not passed_over(d.name, OTHER_FOLDERS)]
         if empty:
@@ -346,10 +348,10 @@ def dali_loader(files, labels, batch_size, image_size, device):
     labels = range(len(files)) if labels is None else labels
     on_gpu = device.type == "cuda"
     threads = min(8, os.cpu_count())
-    # The CPU decodes a few photos at once, not a batch of 64: one of full size takes 36 MB at 12
-    # megapixels. What it decodes ahead are resized photos.
+    # The CPU decodes a few photos at once, not a batch of 64: one of 12 megapixels takes 36 MB.
+    # Photos that wait for the training are small, as they are resized.
     at_once = min(len(files), batch_size if on_gpu else math.gcd(batch_size, threads))
-    # With few photos it prepares few ahead: after the last one DALI starts over, for no use.
+    # Fewer wait where there are few: after the last photo DALI starts over, for no use.
     ahead = max(1, min(max(2, batch_size // at_once), len(files) // at_once // 8))
 
     @pipeline_def(batch_size=at_once, num_threads=threads,
@@ -425,14 +427,14 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     Returns: index tensors (labeled, validation, unlabeled), disjoint, together all N. If a class
     is smaller than its share, all of it is labeled and random others fill the gap. The labeled
     draw does not depend on num_val. Validation has the class frequencies of the data.
-    Exits with status 2 if num_labeled is no positive multiple of num_classes or more than N. It
-    does so, too, if a class has no image.
+    Exits with status 2 if num_labeled is no positive multiple of num_classes, if it is more than N,
+    or if a class has no image.
     """
     if num_labeled <= 0 or num_labeled % num_classes:
         die(f"--num-labeled must be a positive multiple of the {num_classes} classes, "
             f"but it is {num_labeled}")
     if num_labeled > len(labels):
-        die(f"--num-labeled is {num_labeled}, but there are {len(labels)} training images")
+        die(f"--num-labeled is {num_labeled}, but there are only {len(labels)} to draw from")
     order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
     by_class = [order[labels[order] == k] for k in range(num_classes)]
     for k, members in enumerate(by_class):
@@ -446,59 +448,6 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     labeled = torch.cat([labeled, all_but(labeled)[: num_labeled - len(labeled)]])
     rest = all_but(labeled)
     return labeled, rest[:num_val], rest[num_val:]
-
-
-def draw_folders(images, classes, targets, sizes, seed: int):
-    """Draw image files into new folders, as links, or as copies where links are impossible.
-
-    Args:
-        images, classes: N paths and the class name of each.
-        targets: the folders to make. The last one is for unlabeled images, under neutral names; the
-            others get a subfolder for each class.
-        sizes: how many images of each class go to each target but the last, which gets the rest.
-    Each folder appears whole or not at all. `<first target>.json` beside the first target records
-    the seed and the images drawn. Exits with status 2 if a class has too few images.
-    """
-    rng, source = np.random.default_rng(seed), os.path.commonpath(images)
-    drawn = {target: [] for target in targets}
-    for name in sorted(set(classes)):
-        members = [path for path, its_class in zip(images, classes) if its_class == name]
-        if len(members) <= sum(sizes):
-            die(f"class {name} has {len(members)} images in {source}: more than {sum(sizes)} are "
-                "needed to draw labeled, validation and test images and leave some unlabeled")
-        members = np.array([members[i] for i in rng.permutation(len(members))])
-        for target, chosen in zip(targets, np.split(members, np.cumsum(sizes))):
-            drawn[target] += [(name, path) for path in chosen]
-    rng.shuffle(drawn[targets[-1]])
-    for target in targets:
-        tmp = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        for n, (name, path) in enumerate(drawn[target]):
-            unlabeled = target == targets[-1]
-            copy = tmp / f"{n:05d}{path.suffix}" if unlabeled else tmp / name / path.name
-            if os.path.lexists(copy):  # another subfolder has a photo of the same name
-                copy = copy.with_name(f"{n:05d}-{path.name}")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                copy.symlink_to(path.resolve())
-            except OSError:
-                shutil.copyfile(path, copy)
-        tmp.rename(target)
-        say(f"{target}: {len(drawn[target])} images")
-    files = sorted(os.path.relpath(path, source) for _, path in drawn[targets[0]])
-    write_json(f"{targets[0]}.json", {"split_seed": seed, "source": source, "files": files})
-
-
-def recorded_split_seed(folder, num_images: int):
-    """The seed that draw_folders recorded beside a folder, or None.
-
-    A record of another number of images than the folder holds does not count.
-    """
-    try:
-        record = json.loads(Path(f"{folder}.json").read_text())
-        return int(record["split_seed"]) if len(record["files"]) == num_images else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 # =========================================== evaluation ===========================================
@@ -579,7 +528,7 @@ class Run:
         self.config, self.rows = dict(config), list(rows)
         if resume:
             self.dir = Path(resume)
-            for half_written in self.dir.glob(".*.tmp"):  # by a process that was killed
+            for half_written in self.dir.rglob(".*.tmp"):  # by a process that was killed
                 half_written.unlink()
             return
         stamp = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
@@ -592,7 +541,8 @@ class Run:
                 continue
             except OSError as error:
                 die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
-        write_json(self.dir / "args.json", config)
+        with self.writing("args.json") as tmp:
+            tmp.write_text(as_json(config))
 
     @contextlib.contextmanager
     def writing(self, filename: str):
@@ -679,8 +629,8 @@ class EpochMeans:
         for row, column in (~values.isfinite()).nonzero().tolist():
             raise SystemExit(
                 f"stopped: {self.names[column]} is {values[row, column].item()} at step "
-                f"{self.steps[row]}; checkpoints already written are from before it; a lower "
-                "learning rate usually helps")
+                f"{self.steps[row]}; checkpoints already written are from before it; a new run "
+                "with a lower learning rate usually helps")
         self.steps, self.values = [], []
         return dict(zip(self.names, values.mean(dim=0).tolist()))
 

@@ -9,7 +9,7 @@ average (EMA) labels the photos that it is surest of, which the classifier learn
     python sgan_catsdogs.py --demo                          # cartoon pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
     python sgan_catsdogs.py --prepare data/PetImages        # draw them from photos you have
-    python sgan_catsdogs.py --labeled-dir data/labeled --epochs 40
+    python sgan_catsdogs.py --labeled-dir data/labeled --epochs 40   # train
     python sgan_catsdogs.py --supervised-only               # the baseline: labeled photos alone
     python sgan_catsdogs.py --resume runs/RUN               # go on with a run that was ended
     python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/final.pt
@@ -20,8 +20,10 @@ What it scores, and how it differs from the cats and dogs article: .github/RESUL
 
 import argparse
 import atexit
+import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -43,19 +45,19 @@ from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
 from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, classes_of,
-                    die, draw_folders, evaluate, fake_loss, fool_loss, labeled_loss, listing,
-                    number, pick_device, plot_confusion, plot_images, plot_predictions, real_logit,
-                    recorded_split_seed, same_bytes, save_samples, say, unlabeled_loss)
+                    dali_loader, die, evaluate, fake_loss, fool_loss, labeled_loss, listing, number,
+                    pick_device, plot_confusion, plot_images, plot_predictions, real_logit,
+                    same_bytes, save_samples, say, unlabeled_loss, write_json)
 
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2
-D_TARGET = 0.7  # mean D(x) on photos from which on the GAN's images are augmented more
-MIN_STRENGTH = 0.5  # of their augmentation, which grows up to 1
+D_TARGET = 0.7  # while mean D(x) on photos is above this, the GAN's augmentation grows
+MIN_STRENGTH = 0.5  # lowest strength of the GAN's augmentation; the highest is 1
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
-CACHE_BYTES = 2 << 30  # decoded photos that take less than this stay in memory
+CACHE_BYTES = 2 << 30  # unlabeled or validation photos stay decoded in memory up to this size
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
 
@@ -118,7 +120,8 @@ def parse_args():
     prepare.add_argument("--prepare", metavar="SOURCE",
                          help="draw the four folders from Kaggle's train/ or from PetImages/")
     prepare.add_argument("--download", action="store_true",
-                         help="fetch Microsoft's archive (0.8 GB) to data/ and prepare that")
+                         help="fetch Microsoft's archive (0.8 GB) to data/PetImages, unless it is "
+                              "there, and prepare that")
     prepare.add_argument("--labels-per-class", type=number(int, minimum=1), default=50,
                          help="labeled images to draw of each class")
     prepare.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
@@ -130,7 +133,10 @@ def parse_args():
                             image_size=32, epochs=16, batch_size=32)
         args = parser.parse_args()
     if args.resume:  # the run's own flags become the defaults; any given must agree with them
-        checkpoint = load_checkpoint(Path(args.resume, "last.pt"), "--resume", ["args", "step"])
+        last = Path(args.resume, "last.pt")
+        if not last.exists() and Path(args.resume, "final.pt").exists():
+            die(f"--resume {args.resume}: that run is finished")
+        checkpoint = load_checkpoint(last, "--resume", ["args", "step"])
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args()
         for name, value in vars(args).items():
@@ -141,6 +147,8 @@ def parse_args():
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.pretrained and args.image_size < 128:
         die(f"--pretrained needs the ResNet18, from --image-size 128 on, not {args.image_size}")
+    if bool(args.demo) + bool(args.predict) + bool(args.prepare or args.download) > 1:
+        die("--demo, --predict and --prepare or --download exclude each other: give one of them")
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     return args, checkpoint
@@ -158,6 +166,7 @@ def read_folders(args, device, rank, world):
         conflicts: {labeled file: one of the same bytes that is labeled otherwise}
     Exits with status 2, naming the flag, on bad input.
     """
+    dali_loader([], None, 1, args.image_size, device)  # exits at once if DALI is not installed
     lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
     val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
     test_files, test_labels, _, bad_test = check_labeled(args.test_dir, "--test-dir", class_names)
@@ -169,14 +178,14 @@ def read_folders(args, device, rank, world):
                 f"one batch: add some, or set --batch-size to {len(unl_files)} or less")
         enough = round(len(class_names) / TEACHER_SHARE)  # one image a class by the last step
         if args.consistency_weight and args.batch_size < enough * world:
-            die(f"--batch-size {args.batch_size} is too small to choose images of "
-                f"{len(class_names)} classes from: set it to {enough * world} or more, or "
-                "--consistency-weight to 0")
+            die(f"--batch-size {args.batch_size} is too small: the consistency loss on "
+                f"{len(class_names)} classes needs {enough * world} or more, unless "
+                "--consistency-weight is 0")
         if args.batch_size % world:
             die(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
     if min(LABELED_BATCH, len(lab_files)) < world:
-        die(f"{world} processes need at least one labeled image each, of the "
-            f"{min(LABELED_BATCH, len(lab_files))} in a step")
+        die(f"a step has only {min(LABELED_BATCH, len(lab_files))} labeled images, fewer than the "
+            f"{world} processes: start fewer processes")
     leaks = same_bytes(val_files + test_files, lab_files + unl_files)
     label_of = dict(zip(lab_files + val_files + test_files, lab_labels + val_labels + test_labels))
     conflicts = same_bytes(label_of, label_of,
@@ -320,18 +329,18 @@ class Classifier(nn.Module):
         return logits, features, r
 
 
-def load_imagenet_weights(resnet):
-    """Give a ResNet18 without its last layer torchvision's weights, from its cache or fetched."""
+def imagenet_weights():
+    """torchvision's weights of a ResNet18 without its last layer, from its cache or fetched."""
     try:
         weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # torch raises many kinds without a network or for a damaged file
         die(f"--pretrained could not fetch or read the weights ({type(error).__name__}: {error})")
-    resnet.load_state_dict({name: w for name, w in weights.items() if not name.startswith("fc.")})
+    return {name: weight for name, weight in weights.items() if not name.startswith("fc.")}
 
 
 @contextmanager
 def frozen_statistics(classifier, frozen=True):
-    """Within it, forward passes do not change the running batch-norm statistics."""
+    """Within it, if frozen, forward passes do not change the running batch-norm statistics."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.momentum = 0.0 if frozen else 0.1
@@ -407,8 +416,9 @@ def load_checkpoint(path, flag, keys):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds for a damaged file
         die(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})")
-    if not (isinstance(state, dict) and set(keys) <= set(state)):
-        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(keys)}")
+    missing = [key for key in keys if not (isinstance(state, dict) and key in state)]
+    if missing:
+        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(missing)}")
     return state
 
 
@@ -447,6 +457,18 @@ def restore(checkpoint, parts, photos, run):
     return checkpoint
 
 
+def recorded_split_seed(folder, num_images: int):
+    """The seed that draw_folders recorded beside a folder, or None.
+
+    A record of another number of images than the folder holds does not count.
+    """
+    try:
+        record = json.loads(Path(f"{folder}.json").read_text())
+        return int(record["split_seed"]) if len(record["files"]) == num_images else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def open_run(args, method, num_labeled, split_seed, rows, attention):
     """The run's folder, with the lists of photos that need attention; says how to go on with it."""
     config = {name: value for name, value in vars(args).items() if name != "resume"}
@@ -464,6 +486,7 @@ def open_run(args, method, num_labeled, split_seed, rows, attention):
 
 
 def resume_command(run):
+    """What a user types to go on with a run; for several machines torchrun needs more flags."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
     return f"{launcher} sgan_catsdogs.py --resume {shlex.quote(str(run.dir))}"
@@ -475,11 +498,14 @@ def main():
         return prepare(args)
     if args.predict:
         return predict(args)
-    if args.demo:
-        draw_demo()
     rank, world = start_processes(args.device)  # 0, 1 without torchrun
+    if args.demo and rank == 0:
+        draw_demo()
+    if args.demo and world > 1:
+        dist.barrier()  # the others wait for the pets
     started, device = time.perf_counter(), pick_device(args.device)
     torch.manual_seed(args.seed)
+    pretrained = imagenet_weights() if args.pretrained and not args.resume else None
     photos, class_names, attention = read_folders(args, device, rank, world)
     labeled, unlabeled, val, test = photos
     unusable, leaks, _ = attention
@@ -488,8 +514,8 @@ def main():
     method = "supervised" if args.supervised_only else "sgan"
 
     classifier = Classifier(num_classes, args.image_size, args.real_logit, args.pretrained)
-    if args.pretrained and not args.resume:
-        load_imagenet_weights(classifier.resnet)
+    if pretrained:
+        classifier.resnet.load_state_dict(pretrained)
     classifier = classifier.to(device)
     classifier = classifier.to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
@@ -580,7 +606,7 @@ def main():
                 x_fake = augment(x_fake.float(), strength)  # (M, 3, S, S), for both updates
 
                 # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
-                # Few at first, none before TEACHER_START: the labels are only as good as it is.
+                # None before TEACHER_START, then more and more, as the teacher gets better.
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
                 y_teacher = torch.zeros(len(x_unl), dtype=torch.long, device=device)  # (N,)
@@ -591,15 +617,15 @@ def main():
                     y_teacher, picked = surest_of_each_class(logits_teacher, per_class)  # (N,)
 
                 # ---- classifier: labels right, photos real, fakes fake, turns told ----
-                # Each kind of image has a pass of its own, as batch norm would mix them. Only the
-                # unlabeled photos update the running statistics: fakes and turned photos are not
-                # evaluated, and the labeled photos are few.
+                # Photos with labels, fakes, turned photos and the others have a pass each, as batch
+                # norm would mix them. Only the last pass updates the running statistics: fakes and
+                # turned photos are not evaluated, and the labeled photos are few.
                 frozen = args.statistics == "unlabeled"
                 classifier.requires_grad_(True)
                 # labeled and picked photos, strongly augmented: (n + picked, 3, S, S)
                 x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
                 x_gan = augment(x_unl, strength)  # (N, 3, S, S)
-                # every other photo; where that loss is off, two, as batch norm needs a variance
+                # every other photo; where that loss is off, any two
                 upright = x_gan[::2] if args.rotation_weight else x_gan[:2]
                 x_turned, quarters = turn(upright)  # (N/2, 3, S, S), (N/2,)
                 with autocast:
@@ -665,6 +691,7 @@ def main():
                 else:  # the number of batches that batch norm has seen
                     ema.copy_(now)
             if signals and step % steps_per_epoch:
+                means.take()  # ends the run if a loss is not finite, before that is saved
                 save_state()
                 stop_if_asked()
 
@@ -737,6 +764,7 @@ def predict(args):
                             model.get("pretrained", False))
     load_state(classifier, model["classifier"], "--checkpoint", args.checkpoint)
     classifier = classifier.to(device).eval()
+    dali_loader([], None, 1, model["image_size"], device)  # exits if DALI is not installed
     files, unusable = check_images(args.predict, "--predict")
     run = Run(args.out_dir, "predict", vars(args))
     run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
@@ -776,11 +804,13 @@ def predict(args):
 def prepare(args):
     """Draw the four folders from one folder of labeled photos, which --download fetches first.
 
-    --labels-per-class labeled images of each class, 1000 for validation and 1000 for test in all,
-    class-balanced, the rest unlabeled.
+    Each class gives --labels-per-class labeled images. Validation and test get 1000 each, equally
+    many of each class. The rest is unlabeled.
     """
     source = Path(args.prepare or "data/PetImages")
     targets = [Path(d) for d in (args.labeled_dir, args.val_dir, args.test_dir, args.unlabeled_dir)]
+    if len({os.path.abspath(target) for target in targets}) < 4:
+        die("--labeled-dir, --val-dir, --test-dir and --unlabeled-dir must be four folders")
     for target in targets:
         if target.exists():
             die(f"{target} exists already: name other folders by the flags, or remove it first if "
@@ -789,11 +819,11 @@ def prepare(args):
         try:  # the folder appears whole or not at all
             source.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=source.parent) as unpacked:
-                download_and_extract_archive(ARCHIVE, source.parent, unpacked)
+                download_and_extract_archive(ARCHIVE, unpacked)
                 os.replace(Path(unpacked, "PetImages"), source)
         except Exception as error:  # zipfile raises many kinds for a damaged archive
             die(f"--download could not fetch and unpack {ARCHIVE} in {source.parent} ({error}): "
-                "remove what is there of it, and try again")
+                "try again")
     images, unusable = check_images(source, "--prepare")
     classes = [name.lower() for name in classes_of(images, source, "--prepare", at_least=2)]
     if unusable:
@@ -801,13 +831,54 @@ def prepare(args):
             file=sys.stderr)
     class_names = sorted(set(classes))
     say_classes(f"--prepare {source}", [class_names.index(name) for name in classes], class_names)
-    per_class = 1000 // len(class_names)
+    per_class = max(1, 1000 // len(class_names))
     draw_folders(images, classes, targets, [args.labels_per_class, per_class, per_class],
                  args.split_seed)
 
 
+def draw_folders(images, classes, targets, sizes, seed: int):
+    """Draw image files into new folders, as links, or as copies where links are impossible.
+
+    Args:
+        images, classes: N paths and the class name of each.
+        targets: the folders to make. The last one is for unlabeled images, under neutral names; the
+            others get a subfolder for each class.
+        sizes: how many images of each class go to each target but the last, which gets the rest.
+    Each folder appears whole or not at all. `<first target>.json` beside the first target records
+    the seed and the images drawn. Exits with status 2 if a class has too few images.
+    """
+    rng, source = np.random.default_rng(seed), os.path.commonpath(images)
+    drawn = {target: [] for target in targets}
+    for name in sorted(set(classes)):
+        members = [path for path, its_class in zip(images, classes) if its_class == name]
+        if len(members) <= sum(sizes):
+            die(f"class {name} has {len(members)} images in {source}: more than {sum(sizes)} are "
+                "needed to draw labeled, validation and test images and leave some unlabeled")
+        members = np.array([members[i] for i in rng.permutation(len(members))])
+        for target, chosen in zip(targets, np.split(members, np.cumsum(sizes))):
+            drawn[target] += [(name, path) for path in chosen]
+    rng.shuffle(drawn[targets[-1]])
+    for target in targets:
+        tmp = target.with_name(f".{target.name}.tmp")
+        shutil.rmtree(tmp, ignore_errors=True)
+        for n, (name, path) in enumerate(drawn[target]):
+            unlabeled = target == targets[-1]
+            copy = tmp / f"{n:05d}{path.suffix}" if unlabeled else tmp / name / path.name
+            if os.path.lexists(copy):  # another subfolder has a photo of the same name
+                copy = copy.with_name(f"{n:05d}-{path.name}")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                copy.symlink_to(path.resolve())
+            except OSError:
+                shutil.copyfile(path, copy)
+        tmp.rename(target)
+        say(f"{target}: {len(drawn[target])} images")
+    files = sorted(os.path.relpath(path, source) for _, path in drawn[targets[0]])
+    write_json(f"{targets[0]}.json", {"split_seed": seed, "source": source, "files": files})
+
+
 def draw_demo():
-    """Draw the cartoon pets of --demo, once."""
+    """Draw the cartoon pets of --demo, if they are not there yet."""
     from tests.cartoons import draw_dataset
     if not Path("data/demo").exists():
         say("drawing 2,000 cartoon cats and dogs ...")

@@ -28,7 +28,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from common import (EpochMeans, Run, atomic, balanced_split, die, evaluate, fake_loss, fool_loss,
+from common import (EpochMeans, Run, atomic, balanced_split, evaluate, fake_loss, fool_loss,
                     labeled_loss, number, only_warns, pick_device, real_logit, save_figure, say,
                     unlabeled_loss)
 
@@ -38,7 +38,7 @@ LATENT_DIM = 8
 BATCH_SIZE = 50  # 40 steps an epoch
 LEARNING_RATE = 3e-3
 EMA_DECAY = 0.99
-LABELED_WEIGHT = 0.03  # the rings shall form the features before 8 points draw a straight line
+LABELED_WEIGHT = 0.03  # small, so that 2000 points form the features before 8 labels do
 BANDWIDTH = 0.05  # of the density estimate, about the width of a ring
 SIDE = 1.6  # of the density table: beyond all data; outside, log p is that of its border
 LOW_DENSITY = 0.1  # quantile of the data's density; generated points shall be in places below it
@@ -154,8 +154,8 @@ def train(method, x_lab, y_lab, x_data, args, run):
     fixed_z = torch.randn(300, LATENT_DIM, device=device)
     table = log_density_table(x_data)
     threshold = log_density(x_data, table).quantile(LOW_DENSITY)
-    has_bad = method not in ("supervised", "triple-gan")  # a generator as in the other GANs
-    has_good = method in ("triple-gan", "ugan")  # one that draws points of a class to order
+    has_gan = method not in ("supervised", "triple-gan")  # the classifier is a discriminator, too
+    has_good = method in ("triple-gan", "ugan")  # a generator makes points of a given class
     networks = {"classifier": classifier_ema, "generator": generator}
     averages = [(classifier_ema, classifier)]
     if has_good:  # only then, so that the others keep their random numbers
@@ -180,7 +180,7 @@ def train(method, x_lab, y_lab, x_data, args, run):
             order = torch.randperm(len(x_data), device=device)
         x_unl = x_data[order[i * BATCH_SIZE:(i + 1) * BATCH_SIZE]]  # (N, 2)
         x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))  # (N, 2)
-        pair_losses = {}
+        losses = {}
 
         # ---- good generator: pairs (x, y) real, pairs (G(z, y), y) fake; Li et al. 2017 ----
         if has_good:
@@ -192,11 +192,11 @@ def train(method, x_lab, y_lab, x_data, args, run):
                 p_unl = classifier(x_unl)[0].softmax(dim=1)  # (N, 2)
             pair_d.requires_grad_(True)
             d_lab, d_unl, d_good = pair_d(x_lab), pair_d(x_unl), pair_d(x_good.detach())
-            # -E log of what is right of each pair, with sigmoid d as the probability of "real"
+            # binary cross-entropy of each kind of pair; sigmoid d is the probability of "real"
             loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled points
                          + 0.9 * unlabeled_loss(at(d_unl, y_unl))  # real: points the EMA labels
                          + 0.5 * fake_loss(at(d_good, y_good))  # fake: points made to order
-                         # fake: points with labels drawn from the classifier's p(y | x)
+                         # fake: points with a label drawn from p(y | x), in expectation
                          + 0.5 * (p_unl * F.softplus(d_unl)).sum(dim=1).mean())
             opt_pair_d.zero_grad()
             loss_pair.backward()
@@ -206,21 +206,25 @@ def train(method, x_lab, y_lab, x_data, args, run):
             opt_good.zero_grad()
             loss_good.backward()
             opt_good.step()
-            pair_losses = {"loss/pair": loss_pair, "loss/good": loss_good}
+            losses |= {"loss/pair": loss_pair, "loss/good": loss_good}
 
         # ---- classifier: labels right, data real, fakes fake ----
         classifier.requires_grad_(True)
         logits_lab, _ = classifier(x_lab)  # (n, 2)
         logits_unl, feat_unl = classifier(x_unl)  # (N, 2), (N, 64)
-        logits_fake, _ = classifier(x_fake.detach())  # (N, 2)
-        r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
         loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-        loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
-        loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
         loss_d = LABELED_WEIGHT * loss_lab
-        if has_bad:
+        losses["loss/lab"] = loss_lab
+        if has_gan:
+            logits_fake, _ = classifier(x_fake.detach())  # (N, 2)
+            r_unl, r_fake = real_logit(logits_unl), real_logit(logits_fake)  # (N,) log Z(x)
+            loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+            loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
             loss_d = loss_d + 0.5 * (loss_unl + loss_fake)  # 0.5: the code of Salimans et al.
-        if has_good:  # points made to order, from a quarter of the run on
+            losses |= {"loss/unl": loss_unl, "loss/fake": loss_fake,
+                       "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                       "monitor/p_real_fake": r_fake.sigmoid().mean()}
+        if has_good:  # points made to order: weight 0 in the first quarter, whole from the half on
             ramp = min(1, max(0, 4 * step / num_steps - 1))
             loss_made = labeled_loss(classifier(x_good.detach())[0], y_good)
         if method == "ugan":
@@ -232,24 +236,25 @@ def train(method, x_lab, y_lab, x_data, args, run):
         loss_d.backward()
         opt_d.step()
 
-        # ---- (bad) generator, through the new classifier: its aim is what methods differ in ----
-        classifier.requires_grad_(False)
-        logits_fake, feat_fake = classifier(x_fake)  # (N, 2), (N, 64)
-        if method == "fool":
-            loss_g = fool_loss(real_logit(logits_fake))  # -E log D(G(z))
-        else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
-            loss_g = (feat_unl.detach().mean(dim=0) - feat_fake.mean(dim=0)).square().mean()
-        if method in ("complement", "ugan"):  # Dai et al. 2017, section 5
-            unit = F.normalize(feat_fake, dim=1)
-            cosines = (unit @ unit.T).fill_diagonal_(0)  # (N, N)
-            # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
-            loss_g = loss_g + cosines.square().sum() / (BATCH_SIZE**2 - BATCH_SIZE)
-            # low density: E max(log p(G(z)) - threshold, 0)
-            loss_g = loss_g + (log_density(x_fake, table) - threshold).relu().mean()
-        if has_bad:
+        # ---- generator, through the updated classifier: its aim is what the GANs differ in ----
+        if has_gan:
+            classifier.requires_grad_(False)
+            logits_fake, feat_fake = classifier(x_fake)  # (N, 2), (N, 64)
+            if method == "fool":
+                loss_g = fool_loss(real_logit(logits_fake))  # -E log D(G(z))
+            else:  # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
+                loss_g = (feat_unl.detach().mean(dim=0) - feat_fake.mean(dim=0)).square().mean()
+            if method in ("complement", "ugan"):  # Dai et al. 2017, section 5
+                unit = F.normalize(feat_fake, dim=1)
+                cosines = (unit @ unit.T).fill_diagonal_(0)  # (N, N)
+                # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
+                loss_g = loss_g + cosines.square().sum() / (BATCH_SIZE**2 - BATCH_SIZE)
+                # low density: E max(log p(G(z)) - threshold, 0)
+                loss_g = loss_g + (log_density(x_fake, table) - threshold).relu().mean()
             opt_g.zero_grad()
             loss_g.backward()
             opt_g.step()
+            losses["loss/g"] = loss_g
 
         # ---- EMA of the classifier and the good generator; short memory at first ----
         decay = min(EMA_DECAY, (1 + step) / (10 + step))
@@ -257,9 +262,7 @@ def train(method, x_lab, y_lab, x_data, args, run):
             for ema, now in zip(average.parameters(), network.parameters()):
                 ema.lerp_(now.detach(), 1 - decay)
 
-        means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl, "loss/fake": loss_fake,
-                         "loss/g": loss_g, "monitor/p_real_unl": r_unl.sigmoid().mean(),
-                         "monitor/p_real_fake": r_fake.sigmoid().mean(), **pair_losses})
+        means.add(step, losses)
         if step in frames:
             snapshots.append(snapshot(step, networks, fixed_z))
             run.log({"method": method, "step": step, "epoch": -(-step // steps_per_epoch),
@@ -269,7 +272,10 @@ def train(method, x_lab, y_lab, x_data, args, run):
 
 @torch.no_grad()
 def score_good_generator(good, device):
-    """Of 1000 points made to order: share on the ring asked for, share of 36 angles with one."""
+    """Of 1000 points made to order: the share on the ring asked for, and the coverage.
+
+    Coverage is the share of 36 angles on each ring that have such a point.
+    """
     y = torch.arange(1000, device=device) % 2
     points = good(with_class(torch.randn(1000, LATENT_DIM, device=device), y))  # (1000, 2)
     right = (points.norm(dim=1) - 0.5 * (y + 1)).abs() < RIGHT_RING  # (1000,)
@@ -301,7 +307,7 @@ def snapshot(step, networks, fixed_z):
 
 
 def draw_panel(axes, title, x, y, labeled, shown=None, fakes=True):
-    """One panel: points in grey, labeled ones in color, decision regions, generated points."""
+    """One panel: points in grey, labeled ones in colour, decision regions, generated points."""
     if shown is not None:
         _, p, generated, colors = shown
         axes.contourf(AXIS, AXIS, p, levels=[0, 0.5, 1], colors=COLORS, alpha=0.3)
@@ -341,7 +347,7 @@ def draw_figures(x, y, labeled, snapshots, accuracy, run):
         with atomic(path) as tmp:
             figure.savefig(tmp, format="png")
         frames.append(Image.open(path).convert("RGB"))
-    palette = frames[-1].quantize(64)  # one for all frames, so that no color drifts
+    palette = frames[-1].quantize(64)  # one for all frames, so that no colour drifts
     frames = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     with atomic(run.dir / "rings.gif") as tmp:
         frames[0].save(tmp, format="GIF", save_all=True, append_images=frames[1:], loop=0,
@@ -357,8 +363,6 @@ def main():
     data = torch.Generator().manual_seed(0)  # the points are the same in every run
     x, y = draw_rings(NUM_POINTS, data)
     x_test, y_test = draw_rings(NUM_TEST, data)
-    if args.num_labeled > len(x):
-        die(f"--num-labeled is {args.num_labeled}, but there are {len(x)} points")
     labeled, _, _ = balanced_split(y, args.num_labeled, 0, 2, args.split_seed)
     x_data, x_lab, y_lab = x.to(device), x[labeled].to(device), y[labeled].to(device)
     methods = METHODS[:1] if args.supervised_only else METHODS

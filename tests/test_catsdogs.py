@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from torchvision.models.resnet import ResNet18_Weights, resnet18
@@ -158,13 +159,20 @@ def test_prepare_refuses_what_it_cannot_draw(archives, pets, tmp_path, capsys):
     (tmp_path / "above").mkdir()
     (tmp_path / "above/PetImages").symlink_to(archives / "PetImages")
     refused(tmp_path / "above", tmp_path / "above", "one class only")
+    message = refusal(capsys, "sgan_catsdogs", "--prepare", archives / "kaggle",
+                      *photo_folders(new), "--val-dir", new / "test")
+    assert "must be four folders" in message
     assert not new.exists()
 
 
-def test_download_unpacks_all_or_nothing(pets, capsys):
-    """The archive lies there already, so that nothing is fetched; it is too small to draw from."""
-    archive = Path("data/kagglecatsanddogs_5340.zip")
-    archive.parent.mkdir()
+def test_download_unpacks_all_or_nothing(pets, capsys, monkeypatch):
+    """A local archive stands in for the one that is fetched; it is too small to draw from."""
+    archive = Path("archive.zip")
+
+    def fetch(url, folder, filename, md5):
+        shutil.copy(archive, Path(folder, filename))
+
+    monkeypatch.setattr(torchvision.datasets.utils, "download_url", fetch)
     photos = sorted((pets / "test").rglob("*.jpg"))
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as packed:
         for path in photos:
@@ -176,9 +184,10 @@ def test_download_unpacks_all_or_nothing(pets, capsys):
                     whole[:len(whole) // 2] + b"damaged" + whole[len(whole) // 2 + 7:]):
         archive.write_bytes(damaged)
         assert "--download could not" in refusal(capsys, "sgan_catsdogs", "--download")
-        assert os.listdir("data") == [archive.name]
+        assert os.listdir("data") == []
     archive.write_bytes(whole)
     assert "class cat" in refusal(capsys, "sgan_catsdogs", "--download")
+    assert os.listdir("data") == ["PetImages"]
     unpacked = sorted(Path("data/PetImages").rglob("*.jpg"))
     assert [path.read_bytes() for path in unpacked] == [path.read_bytes() for path in photos]
 
@@ -320,7 +329,8 @@ def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, caps
         assert str(folder / "last.pt") in message and word in message
 
     refused(tmp_path, "no file")
-    refused(whole, "no file")  # finished: nothing to resume
+    message = refusal(capsys, "sgan_catsdogs", "--resume", whole)
+    assert f"--resume {whole}: that run is finished" in message
     shutil.copy(ended[0] / "last.pt", tmp_path)
     cut_off(tmp_path / "last.pt", 0.7)
     refused(tmp_path, "damaged")
@@ -455,8 +465,8 @@ def test_two_processes_share_the_photos_and_end_with_the_same_weights(pets_runs,
 
 @pytest.mark.parametrize("batch_size, world, words", [
     (15, 2, "--batch-size 15 must be a multiple of the 2 processes"),
-    (6, 2, "--batch-size 6 is too small to choose images of 2 classes from: set it to 8 or more"),
-    (36, 9, "9 processes need at least one labeled image each, of the 8")])
+    (6, 2, "--batch-size 6 is too small: the consistency loss on 2 classes needs 8 or more"),
+    (36, 9, "only 8 labeled images, fewer than the 9 processes")])
 def test_processes_must_share_a_batch_evenly(batch_size, world, words, pets, capsys):
     args = SimpleNamespace(
         labeled_dir=pets / "labeled", unlabeled_dir=pets / "train", val_dir=pets / "val",

@@ -16,6 +16,7 @@ from scipy.ndimage import find_objects, label
 from torch import nn
 
 import common
+import sgan_catsdogs
 from tests.conftest import CPU, needs_gpu, picture, read_csv
 
 # ============================================ losses ==============================================
@@ -140,7 +141,7 @@ def parse(capsys, text, kind, **bounds):
     (int, {"minimum": 0, "below": 2**63}, ["0", str(2**63 - 1)], ["-1", str(2**63)],
      f"at least 0 and below {2**63}"),
     (float, {"above": 0}, ["1e-9", "3"], ["0", "-1", "nan"], "above 0"),
-    (float, {"minimum": 0, "maximum": 1}, ["0", "1"], ["-0.1", "1.01", "nan", "inf"],
+    (float, {"minimum": 0, "maximum": 1}, ["0", "1"], ["-0.1", "1.01", "nan"],
      "at least 0 and at most 1")])
 def test_number_takes_what_is_within_its_bounds(kind, bounds, good, bad, words, capsys):
     for text in good:
@@ -149,6 +150,9 @@ def test_number_takes_what_is_within_its_bounds(kind, bounds, good, bad, words, 
     for text in bad:
         assert parse(capsys, text, kind, **bounds) == (
             f"script.py: error: argument --flag: it must be {words}, but is {text}")
+    for text in ("inf", "-inf") if kind is float else ():
+        assert parse(capsys, text, kind, **bounds) == (
+            f"script.py: error: argument --flag: it must be a finite number, but is {text}")
     assert parse(capsys, "many", kind, **bounds) == (
         f"script.py: error: argument --flag: invalid {kind.__name__} value: 'many'")
 
@@ -301,7 +305,7 @@ def test_class_smaller_than_its_share_is_labeled_as_a_whole():
     (0, LABELS, "--num-labeled must be a positive multiple of the 4 classes, but it is 0"),
     (-4, LABELS, "--num-labeled must be a positive multiple of the 4 classes, but it is -4"),
     (15, LABELS, "--num-labeled must be a positive multiple of the 4 classes, but it is 15"),
-    (1000, LABELS, "--num-labeled is 1000, but there are 997 training images"),
+    (1000, LABELS, "--num-labeled is 1000, but there are only 997 to draw from"),
     (4, LABELS.clamp(max=2), "class 3 has no training image, so none can be labeled")])
 def test_impossible_draw_is_refused_with_a_sentence(num_labeled, labels, words, capsys):
     with pytest.raises(SystemExit) as stop:
@@ -322,7 +326,7 @@ def six_photos(root, place):
 def test_photos_of_the_same_name_in_other_subfolders_are_all_drawn(tmp_path):
     photos = six_photos(tmp_path / "cat", "{}/1.jpg")
     targets = [tmp_path / part for part in ("labeled", "val", "train")]
-    common.draw_folders(photos, ["cat"] * 6, targets, [3, 2], 0)
+    sgan_catsdogs.draw_folders(photos, ["cat"] * 6, targets, [3, 2], 0)
     record = json.loads((tmp_path / "labeled.json").read_text())
     drawn = [[path.read_text() for path in target.rglob("*.jpg")] for target in targets]
     assert [len(part) for part in drawn] == [3, 2, 1]
@@ -335,7 +339,7 @@ def test_draw_of_folders_is_fixed_by_its_seed(tmp_path):
     photos, draws = six_photos(tmp_path / "photos", "{}.jpg"), []
     for n, seed in enumerate((0, 0, 1)):
         targets = [tmp_path / f"{n}/labeled", tmp_path / f"{n}/train"]
-        common.draw_folders(photos, ["cat"] * 6, targets, [3], seed)
+        sgan_catsdogs.draw_folders(photos, ["cat"] * 6, targets, [3], seed)
         draws.append({str(path.relative_to(tmp_path / str(n))): path.read_text()
                       for target in targets for path in target.rglob("*.jpg")})
     assert draws[0] == draws[1] != draws[2] and len(draws[0]) == 6
@@ -345,13 +349,13 @@ def test_seed_is_recorded_of_as_many_photos_as_were_drawn(tmp_path):
     """The record of a draw lies beside its folder, where others may come later."""
     labeled, train = tmp_path / "labeled", tmp_path / "train"
     photos = six_photos(tmp_path / "photos", "{}.jpg")
-    common.draw_folders(photos, ["cat"] * 6, [labeled, train], [3], 7)
-    assert common.recorded_split_seed(labeled, 3) == 7
-    assert common.recorded_split_seed(labeled, 4) is None  # other photos
-    assert common.recorded_split_seed(train, 3) is None
+    sgan_catsdogs.draw_folders(photos, ["cat"] * 6, [labeled, train], [3], 7)
+    assert sgan_catsdogs.recorded_split_seed(labeled, 3) == 7
+    assert sgan_catsdogs.recorded_split_seed(labeled, 4) is None  # other photos
+    assert sgan_catsdogs.recorded_split_seed(train, 3) is None
     for text in ("", "[]", '{"files": [1, 2, 3]}', '{"split_seed": 1, "files": null}'):
         (tmp_path / "train.json").write_text(text)
-        assert common.recorded_split_seed(train, 3) is None
+        assert sgan_catsdogs.recorded_split_seed(train, 3) is None
 
 
 # =========================================== evaluation ===========================================

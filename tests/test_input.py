@@ -28,7 +28,7 @@ def assert_refused(mnist, svhn, pets, capsys):
 
 # ============================================= flags ==============================================
 
-BELOW_ZERO, NOT_ABOVE = [-1, "nan"], [0, -1, "nan"]
+BELOW_ZERO, NOT_ABOVE = [-1, "nan"], [0, -1, "nan", "inf"]
 BAD_NUMBERS = {
     "--seed": [-1, 2**63, 2**64, 1.5], "--split-seed": [-1, 2**63], "--epochs": [0, -3, "many"],
     "--batch-size": [1, 0, -1], "--lr": NOT_ABOVE, "--gan-weight": BELOW_ZERO,
@@ -64,6 +64,8 @@ def test_numbers_out_of_bounds_are_refused(name, flag, values, assert_refused):
     ("sgan_svhn", ["--num-labeled", 100_000], ["--num-labeled", 700]),
     *((name, ["--batch-size", 100_000], ["--batch-size"]) for name in SCRIPTS),
     ("sgan_catsdogs", ["--batch-size", 3], ["--batch-size 3 is too small"]),
+    *(("sgan_catsdogs", ["--prepare", "pets", *mode], ["exclude each other"])
+      for mode in (["--demo"], ["--predict", "pets", "--checkpoint", "final.pt"])),
     ("sgan_catsdogs", ["--image-size", 48], ["--image-size", "multiple of 32", 48]),
     *(("sgan_catsdogs", [flag, "nowhere"], [f"{flag} nowhere is not a folder"])
       for flag in ("--labeled-dir", "--unlabeled-dir", "--val-dir", "--test-dir"))])
