@@ -81,10 +81,15 @@ def draw_curves(folders, path):
                       [100 * (1 - float(row["val_accuracy_ema"])) for row in rows], marker=".",
                       color=f"C{n}", alpha=0.6, label=None if k else Path(folder).name)
     axes.set(xlabel="seconds of training and validation", ylabel="error on validation images, %",
-             yscale="log")
-    axes.set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+             xscale="log", yscale="log")
+    for axis, ticks in ((axes.xaxis, [10, 30, 100, 300, 1000, 3000, 10000]),
+                        (axes.yaxis, [1, 2, 5, 10, 20, 50])):
+        low, high = axis.get_view_interval()
+        axis.set_ticks([n for n in ticks if low <= n <= high])
+        axis.set_major_formatter("{x:.0f}")
+        axis.set_minor_formatter("")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", loc="center right")
+    axes.legend(fontsize="small", loc="lower left")
     figure.savefig(path, dpi=100)
 
 
