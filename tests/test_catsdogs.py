@@ -274,6 +274,12 @@ def test_a_signal_in_the_last_step_of_an_epoch_ends_the_run_after_it(three_epoch
     assert_same_run(run, whole)
 
 
+def test_a_signal_does_not_save_what_is_not_finite(three_epochs):
+    run, message = end_at(2, signal.SIGINT, [*three_epochs, "--lr", 1e30], "runs")
+    assert re.match(r"stopped: \S+ is (nan|inf|-inf) at step [12];", message)
+    assert not (run / "last.pt").exists()
+
+
 def test_baseline_is_resumed_too(three_epochs):
     """Its second optimiser never had a step."""
     flags = [*three_epochs, "--dry-run", "--supervised-only"]  # two steps
