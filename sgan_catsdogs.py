@@ -147,7 +147,7 @@ def parse_args():
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.pretrained and args.image_size < 128:
         die(f"--pretrained needs the ResNet18, from --image-size 128 on, not {args.image_size}")
-    if bool(args.demo) + bool(args.predict) + bool(args.prepare or args.download) > 1:
+    if sum(map(bool, (args.demo, args.predict, args.prepare or args.download))) > 1:
         die("--demo, --predict and --prepare or --download exclude each other: give one of them")
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
@@ -579,7 +579,7 @@ def main():
         epoch_started = time.perf_counter()
         for _ in tqdm(range(first, steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
-            # over the second half of the steps
+            # falls in the second half
             lr_factor = 1 if args.constant_lr else min(1, 2 * (1 - step / total_steps))
             for opt, lr in ((opt_d, args.lr), (opt_g, args.lr_generator)):
                 opt.param_groups[0]["lr"] = lr * lr_factor

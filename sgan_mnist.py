@@ -440,13 +440,12 @@ def main():
                 opt_s.param_groups[0]["lr"] = args.lr * lr_factor
                 x, y = x_lab[:n_student], y_lab[:n_student]  # (n, 1, 28, 28), (n,)
                 if teach:
-                    x, y = torch.cat([x, x_unl]), torch.cat([y, y_ema])  # (n + N, ...), (n + N,)
+                    x = torch.cat([x, x_unl])  # (n + N, 1, 28, 28)
                 with autocast:
                     logits, _ = student(augment(x, args.augmentation))
-                # -E log p(y | augmented x), over each kind of label
-                loss_s = labeled_loss(logits[:n_student], y[:n_student])
-                if teach:
-                    loss_s = loss_s + labeled_loss(logits[n_student:], y[n_student:])
+                loss_s = labeled_loss(logits[:n_student], y)  # -E log p(y | augmented x)
+                if teach:  # -E log p(teacher's label | augmented x)
+                    loss_s = loss_s + labeled_loss(logits[n_student:], y_ema)
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()

@@ -179,7 +179,8 @@ def train(method, x_lab, y_lab, x_data, args, run):
         if i == 0:
             order = torch.randperm(len(x_data), device=device)
         x_unl = x_data[order[i * BATCH_SIZE:(i + 1) * BATCH_SIZE]]  # (N, 2)
-        x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))  # (N, 2)
+        # (N, 2); in every method, so that all draw the same random numbers up to here
+        x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))
         losses = {}
 
         # ---- good generator: pairs (x, y) real, pairs (G(z, y), y) fake; Li et al. 2017 ----
