@@ -656,8 +656,9 @@ def main():
                 # D is of photos, the more these are augmented, and fakes with them (adaptive
                 # augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
                 p_real = r_unl.detach().sigmoid().mean()
-                gan_strength += 0.01 * (p_real.item() - D_TARGET)
-                gan_strength = min(1.0, max(MIN_STRENGTH, gan_strength))
+                if args.gan_weight:  # otherwise D is not trained
+                    gan_strength += 0.01 * (p_real.item() - D_TARGET)
+                    gan_strength = min(1.0, max(MIN_STRENGTH, gan_strength))
 
                 # ---- generator, through the updated classifier; feat_unl is from before ----
                 classifier.requires_grad_(False)

@@ -53,6 +53,7 @@ CONFIDENCE = 0.8  # the perceptron learns only those of the teacher's labels tha
 PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
 GOOD_LR = 1e-3  # Adam learning rate of the good generator and of the pair discriminator
 MADE_WEIGHT = 0.1  # weight of the perceptron's loss on digits made to order
+PASS_WEIGHT = 0.005  # Triple-GAN's perceptron: weight of having its labels pass for real ones
 
 
 def parse_args():
@@ -366,7 +367,7 @@ def main():
                     p_max, y_ema = p_ema.max(dim=1)  # (N,)
                     picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
-                # ---- good generator and pair discriminator; Li et al. 2017, section 3.1 ----
+                # ---- good generator and pair discriminator; Li et al. 2017, section 3 ----
                 if args.good_generator:
                     y_made = torch.arange(len(z), device=device) % NUM_CLASSES  # (N,) made to order
                     with autocast:
@@ -415,6 +416,10 @@ def main():
                     ramp = min(1, max(0, 4 * step / total_steps - 1))  # from a quarter to the half
                     logits_made = logits.split(sizes)[-1]  # (N, K)
                     loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits_made, y_made)
+                    if not args.gan_weight:  # Triple-GAN: -E sum_y p(y | x) log sigmoid d_y(x)
+                        p_unl = logits_unl.float().softmax(dim=1)  # (N, K)
+                        loss_pass = (p_unl * F.softplus(-d_unl.detach())).sum(dim=1).mean()
+                        loss_d = loss_d + PASS_WEIGHT * loss_pass
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()

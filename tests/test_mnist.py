@@ -288,6 +288,21 @@ def test_the_perceptron_learns_digits_made_to_order_from_a_quarter_of_the_run_on
                                    rtol=0.02, atol=1e-6)
 
 
+def test_without_the_gan_the_perceptron_wants_its_pairs_to_pass_for_real(mnist, digits):
+    """Triple-GAN, before the averages teach it and before the ramp."""
+    seen = watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 8, "--good-generator",
+                 "--gan-weight", 0)
+    for step in seen.steps[:4]:
+        together, d = parts(step).together, pairs(step).for_pair_d.outputs[0]
+        logits_lab, logits_unl, *_ = together.outputs[0].split([LABELED, N, N, N])
+        y = digits.y[find(together.x[:LABELED], digits.x)]
+        p, cost = logits_unl.softmax(dim=1), d[LABELED:LABELED + N].neg().exp().log1p()
+        of_unl = p * (cost - (p * cost).sum(dim=1, keepdim=True)) / N
+        expected = torch.cat([(logits_lab.softmax(dim=1) - F.one_hot(y, 10)) / LABELED,
+                              sgan_mnist.PASS_WEIGHT * of_unl, torch.zeros(2 * N, 10)])
+        torch.testing.assert_close(together.grad, expected, rtol=0.02, atol=1e-9)
+
+
 def test_the_final_good_generator_is_the_moving_average_and_its_samples_are_kept(mnist,
                                                                                   monkeypatch):
     monkeypatch.setattr(sgan_mnist, "GOOD_EMA", 0.1)  # less than at first in any case

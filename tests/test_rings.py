@@ -1,4 +1,4 @@
-"""toy_rings.py: a whole small run, the density, and that the complement generator helps."""
+"""toy_rings.py: a whole small run, the density, the losses of each method, and that UGAN learns."""
 
 import json
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from torch.optim.optimizer import (register_optimizer_step_post_hook,
 
 import common
 import toy_rings
-from tests.conftest import read_csv
+from tests.conftest import read_csv, real_gradient
 
 METHODS = ["supervised", "fool", "feature-matching", "complement", "triple-gan", "ugan"]
 
@@ -125,10 +125,13 @@ def test_good_generator_is_scored_by_ring_and_angle():
 
 
 class Watched:
-    """A run of two steps: calls of each network, and which weights each update moves."""
+    """A run of two steps: calls of each network, and which weights each update moves.
+
+    The passes are those of the classifier through which a gradient may go back, to `grad`.
+    """
 
     def __init__(self, method, folder):
-        self.calls, self.networks, self.moved, self.before = [], [], [], []
+        self.calls, self.passes, self.networks, self.moved, self.before = [], [], [], [], []
         x, y = toy_rings.draw_rings(2000, torch.Generator().manual_seed(0))
         self.labeled, _, _ = common.balanced_split(y, 8, 0, 2, 0)
         self.x, self.y, run = x, y, common.Run(folder, "rings", {})
@@ -154,7 +157,13 @@ class Watched:
                 network[-1] if isinstance(network, nn.Sequential) else None, nn.ReLU):
             if not any(network is known for known in self.networks):
                 self.networks.append(network)
-            output = output[0] if isinstance(output, tuple) else output
+            if isinstance(output, tuple):  # (logits, features), of a classifier
+                output, features = output
+                if output.requires_grad:
+                    seen = SimpleNamespace(x=inputs[0].detach(), logits=output.detach().double(),
+                                           features=features.detach().double(), grad=None)
+                    output.register_hook(lambda grad: setattr(seen, "grad", grad.double()))
+                    self.passes.append(seen)
             self.calls.append((self.kind(network), inputs[0].detach().double(),
                                output.detach().double()))
 
@@ -197,3 +206,54 @@ def test_pairs_are_judged_by_their_labels_and_each_update_moves_its_own_network(
             + 0.5 * minus_log(fake(d_good), asked) + 0.5 * minus_log(fake(d_unl), p_unl))
     assert float(seen.row["loss/pair"]) == pytest.approx(pair, rel=1e-4)
     assert float(seen.row["loss/good"]) == pytest.approx(minus_log(real(d_again), asked), rel=1e-4)
+
+
+PASSES = {"supervised": ["labeled", "unlabeled"], "triple-gan": ["labeled", "unlabeled", "good"],
+          "ugan": ["labeled", "unlabeled", "fake", "good", "generator"]}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_classifier_and_generator_minimise_the_losses_of_their_method(method, tmp_path):
+    """The first step once more: its ramp is at 1, as the run has only two."""
+    seen, n = Watched(method, tmp_path), toy_rings.BATCH_SIZE
+    kinds = PASSES.get(method, ["labeled", "unlabeled", "fake", "generator"])
+    assert len(seen.passes) == 2 * len(kinds)
+    of = dict(zip(kinds, seen.passes))
+    expected = {"labeled": (of["labeled"].logits.softmax(dim=1)
+                            - F.one_hot(seen.y[seen.labeled], 2)) / 8}
+    if method != "triple-gan":
+        expected["labeled"] *= toy_rings.LABELED_WEIGHT
+    if "fake" in kinds:
+        expected["unlabeled"] = 0.5 * real_gradient(of["unlabeled"].logits, 1) / n
+        expected["fake"] = 0.5 * real_gradient(of["fake"].logits, 0) / n
+    if "good" in kinds:
+        asked = next(x[:, -2:] for kind, x, out in seen.calls if kind == "good" and len(out) == n)
+        expected["good"] = (of["good"].logits.softmax(dim=1) - asked) / n
+        if method == "ugan":
+            expected["good"] *= toy_rings.LABELED_WEIGHT
+    if method == "triple-gan":  # by the pair discriminator after its update
+        d = [out for kind, x, out in seen.calls if kind == "pair discriminator"][4]
+        p, cost = of["unlabeled"].logits.softmax(dim=1), (-d).exp().log1p()
+        expected["unlabeled"] = 0.005 * p * (cost - (p * cost).sum(dim=1, keepdim=True)) / n
+    for kind in kinds:
+        if kind in expected:
+            torch.testing.assert_close(of[kind].grad, expected[kind], rtol=1e-3, atol=1e-8)
+        elif kind != "generator":
+            assert of[kind].grad is None
+    if "generator" not in kinds:
+        assert not seen.row.get("loss/g")
+        return
+    x_fake = of["generator"].x
+    assert torch.equal(x_fake, of["fake"].x)
+    z = of["generator"].logits.exp().sum(dim=1)
+    gap = of["unlabeled"].features.mean(dim=0) - of["generator"].features.mean(dim=0)
+    loss_g = (1 / z).log1p().mean() if method == "fool" else gap.square().mean()
+    if method in ("complement", "ugan"):
+        unit = of["generator"].features / of["generator"].features.norm(dim=1, keepdim=True)
+        loss_g += sum((unit[i] @ unit[j]) ** 2 for i in range(n) for j in range(n) if i != j
+                      ) / (n * (n - 1))
+        table = toy_rings.log_density_table(seen.x)
+        dense = toy_rings.log_density(seen.x, table).sort().values  # checked on its own above
+        too_dense = toy_rings.log_density(x_fake, table) - dense.quantile(toy_rings.LOW_DENSITY)
+        loss_g += too_dense.clamp(min=0).double().mean()
+    assert float(seen.row["loss/g"]) == pytest.approx(loss_g.item(), rel=1e-4)
