@@ -64,7 +64,7 @@ def parse_args():
                        help="the baseline: the same classifier and steps, labeled images alone")
     train.add_argument("--warmup-steps", type=number(int, minimum=0), default=400,
                        help="steps on labeled images alone, before the first epoch")
-    train.add_argument("--epochs", type=number(int, minimum=1), default=16,
+    train.add_argument("--epochs", type=number(int, minimum=1), default=48,
                        help="passes over the unlabeled images")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
                        help="unlabeled images per step, at least 2 for batch norm")
@@ -285,6 +285,7 @@ def main():
               f"__seed{args.seed}", vars(args))
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     warmup_steps = args.warmup_steps
+    fake_batch = FAKE_BATCH if args.gan_weight else 2  # batch norm needs two
     if args.dry_run:
         epochs, steps_per_epoch, warmup_steps = 1, min(2, steps_per_epoch), min(2, warmup_steps)
     total_steps = warmup_steps + epochs * steps_per_epoch
@@ -316,7 +317,7 @@ def main():
 
             else:
                 x_unl = x_unlabeled[order[i]] / 255  # (N, 3, 32, 32)
-                z = torch.randn(FAKE_BATCH, LATENT_DIM, device=device)
+                z = torch.randn(fake_batch, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
                 x_fake = augment(x_fake.float(), args.augmentation)  # (M, 3, 32, 32), both updates
@@ -367,7 +368,7 @@ def main():
                     unit = F.normalize(feat_fake, dim=1)
                     cosines = (unit @ unit.T).fill_diagonal_(0)  # (M, M)
                     # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
-                    loss_g = loss_g + cosines.square().sum() / (FAKE_BATCH**2 - FAKE_BATCH)
+                    loss_g = loss_g + cosines.square().sum() / (fake_batch**2 - fake_batch)
                 opt_g.zero_grad()
                 loss_g.backward()
                 opt_g.step()
