@@ -572,7 +572,7 @@ class Run:
         """Add the numbers of one epoch to metrics.csv, draw curves.png and print a line."""
         self.log(row)
         plot_curves(self.rows, self.dir / "curves.png")
-        means = "".join(f"{name} {value:.3f}, " for name, value in row.items() if "/" in name)
+        means = "".join(f"{name} {value:.3g}, " for name, value in row.items() if "/" in name)
         say(f"epoch {row['epoch']}: {means}val {row['val_accuracy']:.2%}, EMA "
             f"{row['val_accuracy_ema']:.2%}, {row['images_per_s']:.0f} images/s, "
             f"{row['seconds']:.0f} s")

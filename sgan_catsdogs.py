@@ -49,6 +49,7 @@ from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_
                     pick_device, plot_confusion, plot_images, plot_predictions, real_logit,
                     same_bytes, save_samples, say, unlabeled_loss, write_json)
 
+SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2
@@ -473,7 +474,7 @@ def open_run(args, method, num_labeled, split_seed, rows, attention):
     """The run's folder, with the lists of photos that need attention; says how to go on with it."""
     config = {name: value for name, value in vars(args).items() if name != "resume"}
     split = "" if split_seed is None else f"__split{split_seed}"
-    run = Run(args.out_dir, f"sgan_catsdogs__{method}__n{num_labeled}__px{args.image_size}{split}"
+    run = Run(args.out_dir, f"{SCRIPT}__{method}__n{num_labeled}__px{args.image_size}{split}"
               f"__seed{args.seed}", config, args.resume, rows)
     unusable, leaks, conflicts = attention
     run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
@@ -735,7 +736,7 @@ def main():
     with autocast:
         scores = evaluate(classifier_ema, held_out(test), num_classes)
         scores_best = evaluate(classifier, held_out(test), num_classes)
-    run.finish(device, script="sgan_catsdogs", method=method, num_labeled=num_labeled,
+    run.finish(device, script=SCRIPT, method=method, num_labeled=num_labeled,
                split_seed=split_seed, steps=total_steps, seconds=run.rows[-1]["seconds"],
                val_accuracy=run.rows[-1]["val_accuracy_ema"], test_accuracy=scores["accuracy"],
                test_accuracy_best_val=scores_best["accuracy"], left_out=len(unusable),

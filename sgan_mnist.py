@@ -31,6 +31,7 @@ import argparse
 import time
 from copy import deepcopy
 from itertools import islice, pairwise
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluat
                     fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
                     real_logit, save_samples, say, unlabeled_loss)
 
+SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 NUM_CLASSES = 10
 NUM_VAL = 5000  # labeled images for validation; the headline accuracy does not use them
 LATENT_DIM = 100
@@ -120,7 +122,7 @@ def read_data(args, device):
     """
     x_train, y_train = load_images(args.data_dir, train=True)  # (N, 1, 28, 28) uint8, (N,)
     x_test, y_test = load_images(args.data_dir, train=False)
-    # half of what is left where nearly all are labeled, none where all are
+    # at most half of the images that are not labeled
     num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
     labeled, val, unlabeled = balanced_split(y_train, args.num_labeled, num_val, NUM_CLASSES,
                                              args.split_seed)
@@ -136,7 +138,7 @@ def read_data(args, device):
 
 
 def augment(x, strength):
-    """Redraw each digit a little differently; (N, 1, 28, 28) -> the same.
+    """Redraw each digit, on a black background, a little differently; (N, 1, 28, 28) -> the same.
 
     Strength 0 leaves the images as they are, up to rounding. Strength 1:
         shifts up to 2 pixels, turns up to 14 degrees, shear up to 17 degrees;
@@ -256,7 +258,7 @@ class Student(nn.Module):
         self.head = nn.Sequential(nn.Dropout(0.5), nn.Linear(128, NUM_CLASSES))
 
     def forward(self, x):
-        features = self.layers((x - 0.13) / 0.31)
+        features = self.layers((x - 0.13) / 0.31)  # mean and deviation of MNIST's pixels
         return self.head(features), features
 
 
@@ -319,12 +321,12 @@ def main():
         good_adam = {"lr": GOOD_LR, "betas": (0.5, 0.999), "fused": True}
         opt_pair_d = torch.optim.Adam(pair_d.parameters(), **good_adam)
         opt_good = torch.optim.Adam(good.parameters(), **good_adam)
-        of_each_class = torch.arange(100, device=device) // 10  # (100,) a row of samples a class
+        of_each_class = torch.arange(100, device=device) * NUM_CLASSES // 100  # (100,) a row each
         fixed_pairs = torch.cat([fixed_z, F.one_hot(of_each_class, NUM_CLASSES)], dim=1)
     autocast = bf16_autocast(device)
 
     # ---- the run's folder, and the number of steps ----
-    run = Run(args.out_dir, f"sgan_mnist__{method}__n{args.num_labeled}__split{args.split_seed}"
+    run = Run(args.out_dir, f"{SCRIPT}__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     if args.dry_run:
@@ -490,7 +492,7 @@ def main():
     with autocast:
         scores = evaluate(scored_ema, held_out(*test), NUM_CLASSES)
         scores_best = evaluate(scored, held_out(*test), NUM_CLASSES)
-    run.finish(device, script="sgan_mnist", method=method, steps=step,
+    run.finish(device, script=SCRIPT, method=method, steps=step,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]

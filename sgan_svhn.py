@@ -34,6 +34,7 @@ from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluat
                     fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
                     real_logit, save_samples, say, unlabeled_loss)
 
+SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 NUM_CLASSES = 10
 NUM_VAL = 1000  # labeled images for validation; the headline accuracy does not use them
 LATENT_DIM = 100
@@ -113,7 +114,8 @@ def load_images(data_dir, filename):
     if x.shape[1:] != (3, 32, 32) or x.dtype != torch.uint8 or len(x) != len(y) or len(x) == 0:
         die(f"{path} must hold X (32, 32, 3, N) uint8 and y (N, 1), but X is {data['X'].shape} "
             f"{data['X'].dtype} and y is {data['y'].shape}")
-    if y.min() < 0 or y.max() > NUM_CLASSES or y.max() - y.min() == NUM_CLASSES:
+    both_zeros = 0 in y and NUM_CLASSES in y  # two labels for the digit 0
+    if y.min() < 0 or y.max() > NUM_CLASSES or both_zeros:
         die(f"{path} holds labels from {y.min()} to {y.max()}, but those of SVHN are 1 to 10")
     return x, y % NUM_CLASSES  # the file says 10 for the digit 0
 
@@ -126,7 +128,7 @@ def read_data(args, device):
     """
     x_train, y_train = load_images(args.data_dir, "train_32x32.mat")  # (N, 3, 32, 32) uint8, (N,)
     x_test, y_test = load_images(args.data_dir, "test_32x32.mat")
-    # half of what is left where nearly all are labeled, none where all are
+    # at most half of the images that are not labeled
     num_val = min(NUM_VAL, max(0, len(y_train) - args.num_labeled) // 2)
     labeled, val, unlabeled = balanced_split(y_train, args.num_labeled, num_val, NUM_CLASSES,
                                              args.split_seed)
@@ -163,8 +165,8 @@ def augment(x, strength):
                          side_x * turn.sin(), side_y * lean.cos(), shift_y / 8], dim=1)
     grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, 32, 32, 2)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
-    # by channel, as the classifier undoes what is common to all three; to scale with the contrast,
-    # as it also enlarges what is faint
+    # The classifier's normalisation would undo a change common to all three channels. It would
+    # magnify a fixed offset on a faint image, so the offset is in proportion to the contrast.
     gain, offset = (torch.rand(2, n, 3, 1, 1, device=device) * 2 - 1) * strength
     std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)
     x = mean + (x - mean) * (1 + 0.2 * gain) + 0.5 * std * offset
@@ -233,7 +235,7 @@ class Classifier(nn.Module):
             self.extra = nn.Linear(128, 1)
 
     def forward(self, x):
-        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)  # light differs by the photo
+        std, mean = torch.std_mean(x, dim=(1, 2, 3), keepdim=True)  # evens out the light
         x = ((x - mean) / (std + 0.02)).contiguous(memory_format=torch.channels_last)
         features = self.layers(x)
         h = self.dropout(features)
@@ -281,7 +283,7 @@ def main():
     autocast = bf16_autocast(device)
 
     # ---- the run's folder, and the number of steps ----
-    run = Run(args.out_dir, f"sgan_svhn__{method}__n{args.num_labeled}__split{args.split_seed}"
+    run = Run(args.out_dir, f"{SCRIPT}__{method}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     warmup_steps = args.warmup_steps
@@ -418,7 +420,7 @@ def main():
     with autocast:
         scores = evaluate(classifier_ema, held_out(*test), NUM_CLASSES)
         scores_best = evaluate(classifier, held_out(*test), NUM_CLASSES)
-    run.finish(device, script="sgan_svhn", method=method, steps=step,
+    run.finish(device, script=SCRIPT, method=method, steps=step,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]

@@ -20,6 +20,7 @@ What it scores over 20 draws of labels: .github/RESULTS.md.
 import argparse
 import time
 from copy import deepcopy
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,7 @@ from common import (EpochMeans, Run, atomic, balanced_split, evaluate, fake_loss
                     labeled_loss, number, only_warns, pick_device, real_logit, save_figure, say,
                     unlabeled_loss)
 
+SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 METHODS = ["supervised", "fool", "feature-matching", "complement", "triple-gan", "ugan"]
 NUM_POINTS, NUM_TEST = 2000, 2000
 LATENT_DIM = 8
@@ -367,7 +369,7 @@ def main():
     labeled, _, _ = balanced_split(y, args.num_labeled, 0, 2, args.split_seed)
     x_data, x_lab, y_lab = x.to(device), x[labeled].to(device), y[labeled].to(device)
     methods = METHODS[:1] if args.supervised_only else METHODS
-    run = Run(args.out_dir, f"toy_rings__n{args.num_labeled}__split{args.split_seed}"
+    run = Run(args.out_dir, f"{SCRIPT}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
 
     started, accuracy, good, snapshots, weights = time.perf_counter(), {}, {}, {}, {}
@@ -382,7 +384,7 @@ def main():
         say(f"{method}: {accuracy[method]:.2%} of {NUM_TEST} test points")
     seconds = time.perf_counter() - started
     run.save("final.pt", weights)
-    run.finish(device, script="toy_rings", method=" ".join(methods), accuracy=accuracy,
+    run.finish(device, script=SCRIPT, method=" ".join(methods), accuracy=accuracy,
                good_generator=good,
                steps=snapshots["supervised"][-1][0], seconds=round(seconds, 1))
     draw_figures(x, y, labeled, snapshots, accuracy, run)
