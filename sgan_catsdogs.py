@@ -490,7 +490,7 @@ def resume_command(run):
     """What a user types to go on with a run; for several machines torchrun needs more flags."""
     processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
     launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-    return f"{launcher} sgan_catsdogs.py --resume {shlex.quote(str(run.dir))}"
+    return f"{launcher} {SCRIPT}.py --resume {shlex.quote(str(run.dir))}"
 
 
 def main():

@@ -8,6 +8,9 @@ import importlib
 import json
 import math
 import re
+import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from scipy.io import savemat
 from common import bf16_autocast
 from tests import sweep
 from tests.cartoons import draw_dataset
-from tests.conftest import (CPU, MNIST, PETS, SCRIPTS, SVHN, Runs, call_main, mat_labels,
+from tests.conftest import (CPU, MNIST, PETS, ROOT, SCRIPTS, SVHN, Runs, call_main, mat_labels,
                             needs_gpu, new_classifier, photo_folders, read_part, same_bits, train,
                             untimed)
 
@@ -192,6 +195,20 @@ def test_dry_run_takes_two_steps(name, flags, steps, good_flags):
     supervised = "--supervised-only" in flags
     assert results["method"] == ("supervised" if supervised else
                                  "gan-only" if "--gan-only" in flags else "sgan")
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "toy_rings"])
+def test_a_copy_needs_common_py_alone_and_goes_by_its_own_name(name, good_flags, tmp_path):
+    shutil.copy(ROOT / "common.py", tmp_path)
+    shutil.copy(ROOT / f"{name}.py", tmp_path / "mine.py")
+    flags = [*good_flags[name], "--supervised-only", "--dry-run", "--out-dir", tmp_path / "runs"]
+    process = subprocess.run([sys.executable, "mine.py", *map(str, flags)], cwd=tmp_path, text=True,
+                             capture_output=True, check=True)
+    assert '"script": "mine"' in process.stdout
+    [folder] = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("mine__")
+    if name == "sgan_catsdogs":
+        assert f"`python mine.py --resume {folder}`" in process.stdout
 
 
 def test_all_labels_leave_none_for_validation(good_flags):
