@@ -419,6 +419,7 @@ def main():
                     logits_made = logits.split(sizes)[-1]  # (N, K)
                     loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits_made, y_made)
                     if not args.gan_weight:  # Triple-GAN: -E sum_y p(y | x) log sigmoid d_y(x)
+                        # d_unl: the pair discriminator's, from before its update above
                         p_unl = logits_unl.float().softmax(dim=1)  # (N, K)
                         loss_pass = (p_unl * F.softplus(-d_unl.detach())).sum(dim=1).mean()
                         loss_d = loss_d + PASS_WEIGHT * loss_pass
