@@ -58,7 +58,8 @@ MIN_STRENGTH = 0.5  # lowest strength of the GAN's augmentation; the highest is 
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
-CACHE_BYTES = 2 << 30  # unlabeled or validation photos stay decoded in memory up to this size
+CACHE_BYTES = 2 << 30  # on a CPU, photos stay decoded in memory up to this size
+CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
 
@@ -202,9 +203,13 @@ def read_folders(args, device, rank, world):
         for one, other in combinations(folders, 2):
             if os.path.realpath(folders[one]) == os.path.realpath(folders[other]):
                 say(f"warning: {one} and {other} are the same folder, {folders[one]}")
-    room = 0 if args.dry_run else CACHE_BYTES  # decoding all is not worth it for two steps
+    room = CACHE_BYTES // world  # of unlabeled and of validation photos
+    if device.type == "cuda":  # each process has a GPU of its own
+        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    if args.dry_run:
+        room = 0  # decoding all is not worth it for two steps
     photos = [Photos(lab_files, lab_labels, args.image_size, device, cache_bytes=inf),
-              Photos(unl_files, None, args.image_size, device, cache_bytes=room // world),
+              Photos(unl_files, None, args.image_size, device, cache_bytes=room),
               Photos(val_files, val_labels, args.image_size, device, cache_bytes=room),
               Photos(test_files, test_labels, args.image_size, device)]
     return photos, class_names, ({**bad_val, **bad_test, **bad_unl}, leaks, conflicts)
