@@ -154,7 +154,7 @@ def main():
     d = pass_flops(sgan_catsdogs.Classifier(2, args.image_size, "logsumexp"),
                    torch.rand(1, 3, args.image_size, args.image_size))
     g = pass_flops(sgan_catsdogs.Generator(args.image_size), torch.rand(1, 100))
-    # forward and both gradients are 3 forward passes: of labeled, unlabeled, fake and turned images,
+    # forward and both gradients are 3 forward passes: of labeled, unlabeled, fake and turned photos,
     # of these half as many; the generator's update needs none of the weight gradients, 2
     step = d * (3 * sgan_catsdogs.LABELED_BATCH + 9.5 * args.batch_size) + g * 3 * args.batch_size
     rate, fastest = matrix_rate(device), statistics.median(speeds["ours, decoded before"][1:])
