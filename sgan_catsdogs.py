@@ -203,11 +203,13 @@ def read_folders(args, device, rank, world):
         for one, other in combinations(folders, 2):
             if os.path.realpath(folders[one]) == os.path.realpath(folders[other]):
                 say(f"warning: {one} and {other} are the same folder, {folders[one]}")
-    room = CACHE_BYTES // world  # of unlabeled and of validation photos
-    if device.type == "cuda":  # each process has a GPU of its own
-        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    # how many bytes of unlabeled photos, and of validation photos, this process keeps decoded
     if args.dry_run:
         room = 0  # decoding all is not worth it for two steps
+    elif device.type == "cuda":  # each process has a GPU of its own
+        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+    else:
+        room = CACHE_BYTES // world
     photos = [Photos(lab_files, lab_labels, args.image_size, device, cache_bytes=inf),
               Photos(unl_files, None, args.image_size, device, cache_bytes=room),
               Photos(val_files, val_labels, args.image_size, device, cache_bytes=room),

@@ -154,8 +154,8 @@ def main():
     d = pass_flops(sgan_catsdogs.Classifier(2, args.image_size, "logsumexp"),
                    torch.rand(1, 3, args.image_size, args.image_size))
     g = pass_flops(sgan_catsdogs.Generator(args.image_size), torch.rand(1, 100))
-    # forward and both gradients are 3 forward passes: of labeled, unlabeled, fake and turned photos,
-    # of these half as many; the generator's update needs none of the weight gradients, 2
+    # forward and both gradients are 3 forward passes: of labeled, unlabeled and fake photos, and of
+    # half as many turned ones; the generator's update needs none of the weight gradients, 2
     step = d * (3 * sgan_catsdogs.LABELED_BATCH + 9.5 * args.batch_size) + g * 3 * args.batch_size
     rate, fastest = matrix_rate(device), statistics.median(speeds["ours, decoded before"][1:])
     print(f"ceiling {args.batch_size * rate / step:.1f} ({step / 1e9:.0f} GFLOP a step at "
