@@ -1,7 +1,7 @@
 """What the scripts share: the log-sum-exp loss, the DALI loader, and evaluation.
 
-The sections stand in the order in which a script uses them. Image files and the DALI loader are for
-photos. Networks, training loops and hyper-parameters are in the scripts.
+Image files and the DALI loader are for photos. Networks, training loops and hyper-parameters are in
+the scripts.
 
 Notation: l(x) are the K logits of the classifier and Z(x) = sum_k exp l_k(x). The classifier is
 also the discriminator D(x) = Z / (Z + 1) (Salimans et al. 2016, arXiv:1606.03498, section 5).
@@ -287,7 +287,7 @@ def check_labeled(folder, flag: str, class_names=None):
 
     Without class_names the folder defines the classes, and every file in it must be usable. With
     class_names, as for validation and test, other classes are refused. Exits with status 2 and the
-    flag's name on bad input, a single class included.
+    flag's name on bad input. Without class_names a single class is bad input, too.
     """
     images, unusable = check_images(folder, flag)
     if class_names is None and unusable:
@@ -306,10 +306,10 @@ def check_labeled(folder, flag: str, class_names=None):
     return images, [class_names.index(c) for c in classes], class_names, unusable
 
 
-def same_bytes(files, others, counts=lambda path, other: True) -> dict:
+def same_bytes(files, others, is_pair=lambda path, other: True) -> dict:
     """{file: one of the other files, of the same bytes}; files without such a copy are left out.
 
-    counts(file, other) tells which pairs are looked at. A file is read once, if at all.
+    is_pair(file, other) tells which pairs are looked at. A file is read once, if at all.
     """
     digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
     by_size, copies = {}, {}
@@ -317,7 +317,7 @@ def same_bytes(files, others, counts=lambda path, other: True) -> dict:
         by_size.setdefault(path.stat().st_size, []).append(path)
     for path in files:
         for other in by_size.get(path.stat().st_size, []):
-            if counts(path, other) and digest(other) == digest(path):
+            if is_pair(path, other) and digest(other) == digest(path):
                 copies[path] = other
                 break
     return copies
@@ -428,7 +428,8 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
     Args: labels (N,) int64 of all training images; the two sizes; the seed of the draw.
     Returns: index tensors (labeled, validation, unlabeled), disjoint, together all N. If a class
     is smaller than its share, all of it is labeled and random others fill the gap. The labeled
-    draw does not depend on num_val. Validation has the class frequencies of the data.
+    draw does not depend on num_val. Validation is drawn from what the labeled draw leaves, so its
+    class frequencies are those of the data only while few images are labeled.
     Exits with status 2 if num_labeled is no positive multiple of num_classes, if it is more than N,
     or if a class has no image.
     """
@@ -662,8 +663,10 @@ def save_samples(generator: nn.Module, fixed_z: Tensor, path):
     """Write G(z) for N fixed z (N, latent_dim), images in [0, 1], as a PNG grid, about square."""
     was_training = generator.training
     generator.eval()
-    images = generator(fixed_z).float().cpu()  # (N, C, H, W)
-    generator.train(was_training)
+    try:
+        images = generator(fixed_z).float().cpu()  # (N, C, H, W)
+    finally:  # out of memory, say: training goes on, and in its own mode
+        generator.train(was_training)
     with atomic(path) as tmp:
         save_image(images, tmp, format="png", nrow=round(len(images) ** 0.5))
 

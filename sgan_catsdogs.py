@@ -52,11 +52,11 @@ from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 LATENT_DIM = 100
 LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
-UNLABELED_PER_FAKE = 2
+UNLABELED_PER_FAKE = 2  # unlabeled photos in each step for one generated image
 D_TARGET = 0.7  # while mean D(x) on photos is above this, the GAN's augmentation grows
 MIN_STRENGTH = 0.5  # lowest strength of the GAN's augmentation; the highest is 1
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
-TEACHER_SHARE = 0.5  # fraction of each unlabeled batch that it labels by the last step
+TEACHER_SHARE = 0.5  # at most this fraction of an unlabeled batch is labeled, in the last step
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
 CACHE_BYTES = 2 << 30  # on a CPU, photos stay decoded in memory up to this size
 CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
@@ -191,7 +191,7 @@ def read_folders(args, device, rank, world):
     leaks = same_bytes(val_files + test_files, lab_files + unl_files)
     label_of = dict(zip(lab_files + val_files + test_files, lab_labels + val_labels + test_labels))
     conflicts = same_bytes(label_of, label_of,
-                           counts=lambda path, other: label_of[path] != label_of[other])
+                           is_pair=lambda path, other: label_of[path] != label_of[other])
     if rank == 0:
         say(f"{device}: {len(lab_files)} labeled images, {len(unl_files)} unlabeled, "
             f"{len(val_files)} validation, {len(test_files)} test")
@@ -357,29 +357,7 @@ def frozen_statistics(classifier, frozen=True):
         norm.momentum = 0.1
 
 
-# ============================================ training ============================================
-
-
-def surest_of_each_class(logits, per_class):
-    """The classifier's own labels: logits (N, K) -> labels (N,) int64, whether each counts (N,).
-
-    FixMatch (Sohn et al. 2020, arXiv:2001.07685) trusts every label whose p(y | x) passes a
-    threshold, and most of these may be of one class. Here each class gets equally many images,
-    those of its highest p(y | x). So the classes should be about equally frequent. An image picked
-    by several classes keeps only its most likely one.
-    """
-    p = logits.float().softmax(dim=1)
-    surest = p.topk(per_class, dim=0)  # of each column: (per_class, K)
-    p_picked = torch.zeros_like(p).scatter_(0, surest.indices, surest.values)  # (N, K)
-    p_label, label = p_picked.max(dim=1)
-    return label, p_label > 0
-
-
-def turn(x):
-    """Turn images by 0, 90, 180, 270, 0, ... degrees: (N, 3, S, S) -> the same, quarters (N,)."""
-    index = torch.arange(len(x), device=x.device)
-    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
-    return turned[index % 4, index], index % 4
+# ====================== several processes, and runs that are ended and go on ======================
 
 
 def start_processes(device_name):
@@ -405,13 +383,14 @@ def average_gradients(network):
 
 def stop_signals():
     """A list that Ctrl-C (SIGINT) or SIGTERM makes non-empty; a second one ends the process."""
-    received = []
+    received, signals = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(signum, frame):
         received.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
+        for other in signals:
+            signal.signal(other, signal.SIG_DFL)
 
-    for signum in (signal.SIGINT, signal.SIGTERM):
+    for signum in signals:
         signal.signal(signum, note)
     return received
 
@@ -438,9 +417,9 @@ def load_state(part, state, flag, path):
         die(f"{flag}: {path} was written by a script with other networks; use that one")
 
 
-def sizes(photos):
+def files_of(photos):
     """Path and size of each image, by which a run that goes on knows its images again."""
-    return [f"{path}, {path.stat().st_size} bytes" for part in photos for path in part.files]
+    return [f"{path}, {path.stat().st_size} bytes" for folder in photos for path in folder.files]
 
 
 def random_states():
@@ -449,20 +428,19 @@ def random_states():
     return {"rng_state": torch.get_rng_state(), "cuda_rng_state": cuda}
 
 
-def restore(checkpoint, parts, photos, run):
-    """Put networks, optimisers and random numbers where last.pt left them; returns the checkpoint.
+def restore(checkpoint, parts, files, folder):
+    """Put networks, optimisers and random numbers where last.pt left them.
 
     Refused if the folders hold other images than those that the run began with.
     """
-    if checkpoint["files"] != sizes(photos):
-        die(f"--resume {run}: the folders do not hold the images that run began with; was it "
+    if checkpoint["files"] != files:
+        die(f"--resume {folder}: the folders do not hold the images that run began with; was it "
             "started in another working directory?")
     for name, part in parts.items():
-        load_state(part, checkpoint[name], "--resume", Path(run, "last.pt"))
+        load_state(part, checkpoint[name], "--resume", Path(folder, "last.pt"))
     torch.set_rng_state(checkpoint["rng_state"])
     if checkpoint["cuda_rng_state"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
-    return checkpoint
 
 
 def recorded_split_seed(folder, num_images: int):
@@ -471,7 +449,7 @@ def recorded_split_seed(folder, num_images: int):
     A record of another number of images than the folder holds does not count.
     """
     try:
-        record = json.loads(Path(f"{folder}.json").read_text())
+        record = json.loads(Path(f"{Path(folder)}.json").read_text())  # without a final slash
         return int(record["split_seed"]) if len(record["files"]) == num_images else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -500,6 +478,31 @@ def resume_command(run):
     return f"{launcher} {SCRIPT}.py --resume {shlex.quote(str(run.dir))}"
 
 
+# ============================================ training ============================================
+
+
+def surest_of_each_class(logits, per_class):
+    """The classifier's own labels: logits (N, K) -> labels (N,) int64, whether each counts (N,).
+
+    FixMatch (Sohn et al. 2020, arXiv:2001.07685) trusts every label whose p(y | x) passes a
+    threshold, and most of these may be of one class. Here each class gets equally many images,
+    those of its highest p(y | x). So the classes should be about equally frequent. An image picked
+    by several classes keeps only its most likely one.
+    """
+    p = logits.float().softmax(dim=1)
+    surest = p.topk(per_class, dim=0)  # of each column: (per_class, K)
+    p_picked = torch.zeros_like(p).scatter_(0, surest.indices, surest.values)  # (N, K)
+    p_label, label = p_picked.max(dim=1)
+    return label, p_label > 0
+
+
+def turn(x):
+    """Turn images by 0, 90, 180, 270, 0, ... degrees: (N, 3, S, S) -> the same, quarters (N,)."""
+    index = torch.arange(len(x), device=x.device)
+    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
+    return turned[index % 4, index], index % 4
+
+
 def main():
     args, checkpoint = parse_args()
     if args.download or args.prepare:
@@ -516,6 +519,7 @@ def main():
     pretrained = imagenet_weights() if args.pretrained and not args.resume else None
     photos, class_names, attention = read_folders(args, device, rank, world)
     labeled, unlabeled, val, test = photos
+    files = files_of(photos)
     unusable, leaks, _ = attention
     x_labeled, y_labeled = labeled.images, labeled.labels  # (n, 3, S, S) uint8, (n,)
     num_classes, num_labeled = len(class_names), len(x_labeled)
@@ -524,8 +528,7 @@ def main():
     classifier = Classifier(num_classes, args.image_size, args.real_logit, args.pretrained)
     if pretrained:
         classifier.resnet.load_state_dict(pretrained)
-    classifier = classifier.to(device)
-    classifier = classifier.to(memory_format=torch.channels_last)
+    classifier = classifier.to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -543,7 +546,8 @@ def main():
     state = {"step": 0, "best_val": -1.0, "gan_strength": MIN_STRENGTH, "seconds": 0.0,
              "rows": []}
     if args.resume:
-        state = restore(checkpoint, parts, photos, args.resume)
+        state = checkpoint
+        restore(checkpoint, parts, files, args.resume)
     step, best_val = state["step"], state["best_val"]
     gan_strength = state["gan_strength"]  # of the augmentation of the GAN's photos and fakes
     started -= state["seconds"]
@@ -561,24 +565,22 @@ def main():
     total_steps = epochs * steps_per_epoch
     labeled_batch = min(LABELED_BATCH, num_labeled) // world  # images of this process in a step
     unlabeled_batch = args.batch_size // world
-    # at least 2, as batch norm needs a variance; no more where the GAN is off
-    fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE if args.gan_weight else 0)
+    # 2 where the GAN is off: batch norm needs two
+    fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE) if args.gan_weight else 2
     if rank:  # from here on each process has random numbers of its own
         torch.manual_seed(args.seed + rank + step)
     signals = stop_signals() if world == 1 else []
 
-    def save_state():  # all that --resume needs
-        run.save("last.pt", {"args": run.config, "files": photo_sizes, "step": step,
+    def save_state():  # all that --resume needs; then ends the run if a signal came
+        run.save("last.pt", {"args": run.config, "files": files, "step": step,
                              "best_val": best_val, "gan_strength": gan_strength, "rows": run.rows,
                              "seconds": time.perf_counter() - started, **random_states(),
                              **{name: part.state_dict() for name, part in parts.items()}})
-
-    def stop_if_asked():  # by a signal, after save_state()
         if signals and step < total_steps:
             raise SystemExit(f"stopped after step {step} of {total_steps}; go on with "
                              f"`{resume_command(run)}`")
 
-    means, photo_sizes = EpochMeans(), sizes(photos)
+    means = EpochMeans()
     for epoch in range(step // steps_per_epoch + 1, epochs + 1):
         first = step % steps_per_epoch  # 0, unless the run was ended within this epoch
         order = np.random.default_rng([args.seed, epoch]).permutation(len(unlabeled.files))
@@ -592,7 +594,7 @@ def main():
             for opt, lr in ((opt_d, args.lr), (opt_g, args.lr_generator)):
                 opt.param_groups[0]["lr"] = lr * lr_factor
             step += 1
-            chosen = torch.randperm(len(x_labeled), device=device)[:labeled_batch]
+            chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
 
             if args.supervised_only:
@@ -618,16 +620,16 @@ def main():
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
                 y_teacher = torch.zeros(len(x_unl), dtype=torch.long, device=device)  # (N,)
-                picked = torch.zeros_like(y_teacher, dtype=torch.bool)  # (N,) no label counts yet
+                picked = y_teacher.bool()  # (N,) no label counts yet
                 if args.consistency_weight and per_class > 0:
                     with torch.no_grad(), autocast:
                         logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
                     y_teacher, picked = surest_of_each_class(logits_teacher, per_class)  # (N,)
 
                 # ---- classifier: labels right, photos real, fakes fake, turns told ----
-                # Photos with labels, fakes, turned photos and the others have a pass each, as batch
-                # norm would mix them. Only the last pass updates the running statistics: fakes and
-                # turned photos are not evaluated, and the labeled photos are few.
+                # Four passes, as batch norm would mix them: labeled and picked photos; fakes;
+                # turned photos; all unlabeled photos. Only the last one updates the running
+                # statistics: fakes and turned photos are not evaluated, labeled ones are few.
                 frozen = args.statistics == "unlabeled"
                 classifier.requires_grad_(True)
                 # labeled and picked photos, strongly augmented: (n + picked, 3, S, S)
@@ -702,13 +704,12 @@ def main():
             if signals and step % steps_per_epoch:
                 means.take()  # ends the run if a loss is not finite, before that is saved
                 save_state()
-                stop_if_asked()
 
         # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
         epoch_means = means.take()  # waits for the device
         if rank:  # the first process evaluates and writes; the others wait in their next step
             continue
-        images_seen = (steps_per_epoch - first) * (len(x_lab) if args.supervised_only
+        images_seen = (steps_per_epoch - first) * (labeled_batch * world if args.supervised_only
                                                    else args.batch_size)
         images_per_s = images_seen / (time.perf_counter() - epoch_started)
         with autocast:
@@ -729,7 +730,6 @@ def main():
                        "val_accuracy_ema": scores_ema["accuracy"],
                        "images_per_s": round(images_per_s, 1)})
         save_state()
-        stop_if_asked()
 
     if rank:
         return
@@ -767,10 +767,10 @@ def predict(args):
     """
     device = pick_device(args.device)
     model = load_checkpoint(args.checkpoint, "--checkpoint",
-                            ["class_names", "image_size", "real_logit", "gan_weight"])
+                            ["class_names", "image_size", "real_logit", "gan_weight", "pretrained"])
     class_names = model["class_names"]
     classifier = Classifier(len(class_names), model["image_size"], model["real_logit"],
-                            model.get("pretrained", False))
+                            model["pretrained"])
     load_state(classifier, model["classifier"], "--checkpoint", args.checkpoint)
     classifier = classifier.to(device).eval()
     dali_loader([], None, 1, model["image_size"], device)  # exits if DALI is not installed
@@ -813,8 +813,8 @@ def predict(args):
 def prepare(args):
     """Draw the four folders from one folder of labeled photos, which --download fetches first.
 
-    Each class gives --labels-per-class labeled images. Validation and test get 1000 each, equally
-    many of each class. The rest is unlabeled.
+    Each class gives --labels-per-class labeled images. Validation and test get about 1000 each,
+    equally many of each class. The rest is unlabeled.
     """
     source = Path(args.prepare or "data/PetImages")
     targets = [Path(d) for d in (args.labeled_dir, args.val_dir, args.test_dir, args.unlabeled_dir)]

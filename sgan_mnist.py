@@ -41,7 +41,7 @@ from torchvision.datasets import MNIST
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
-                    fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
+                    labeled_loss, number, pick_device, plot_confusion, plot_predictions,
                     real_logit, save_samples, say, unlabeled_loss)
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
@@ -85,7 +85,7 @@ def parse_args():
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
                        help="unlabeled images in each step, and as many generated ones")
     train.add_argument("--lr", type=number(float, above=0), default=3e-3,
-                       help="Adam learning rate; the student's falls to 0 in the second half")
+                       help="Adam learning rate of student, perceptron and its generator")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
     train.add_argument("--good-generator", action="store_true",
@@ -360,13 +360,13 @@ def main():
                 # In the first half too: p_mean settles, and a good generator needs the labels.
                 if args.good_generator or not args.gan_only:
                     with torch.no_grad(), autocast:
-                        logits_ema = perceptron_ema(x_unl)[0].float()  # (N, K)
+                        logits_teacher = perceptron_ema(x_unl)[0].float()  # (N, K)
                         if not args.gan_only:
-                            logits_ema = (logits_ema + student_ema(x_unl)[0].float()) / 2
+                            logits_teacher = (logits_teacher + student_ema(x_unl)[0].float()) / 2
                     # distribution alignment, Berthelot et al. 2020 (arXiv:1911.09785, section 3.1)
-                    p_mean.lerp_(logits_ema.softmax(dim=1).mean(dim=0), 0.01)
-                    p_ema = (logits_ema - p_mean.log()).softmax(dim=1)  # (N, K)
-                    p_max, y_ema = p_ema.max(dim=1)  # (N,)
+                    p_mean.lerp_(logits_teacher.softmax(dim=1).mean(dim=0), 0.01)
+                    p_teacher = (logits_teacher - p_mean.log()).softmax(dim=1)  # (N, K)
+                    p_max, y_teacher = p_teacher.max(dim=1)  # (N,)
                     picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
                 # ---- good generator and pair discriminator; Li et al. 2017, section 3 ----
@@ -377,17 +377,18 @@ def main():
                         d, _, _ = pair_d(torch.cat([x_lab, x_unl, x_made.detach()]))
                     d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
                     # each -E log p of what is right, real or fake; sigmoid d is p(real)
-                    loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled digits
-                                 + 0.9 * unlabeled_loss(at(d_unl, y_ema))  # real: likeliest labels
-                                 + 0.5 * fake_loss(at(d_made, y_made))  # fake: digits made to order
+                    loss_pair = (0.1 * F.softplus(-at(d_lab, y_lab)).mean()  # real: labeled digits
+                                 + 0.9 * F.softplus(-at(d_unl, y_teacher)).mean()  # real: unlabeled
+                                 + 0.5 * F.softplus(at(d_made, y_made)).mean()  # fake: generated
                                  # fake: digits with a label drawn from p(y | x), in expectation
-                                 + 0.5 * (p_ema * F.softplus(d_unl)).sum(dim=1).mean())
+                                 + 0.5 * (p_teacher * F.softplus(d_unl)).sum(dim=1).mean())
                     opt_pair_d.zero_grad()
                     loss_pair.backward()
                     opt_pair_d.step()
                     with autocast:
-                        d_made, _, _ = pair_d(x_made)  # (N, K)
-                    loss_good = fool_loss(at(d_made, y_made))  # -E log sigmoid d_y(G(z, y))
+                        d_made = pair_d(x_made)[0].float()  # (N, K)
+                    # -E log sigmoid d_y(G(z, y))
+                    loss_good = F.softplus(-at(d_made, y_made)).mean()
                     opt_good.zero_grad()
                     loss_good.backward(inputs=list(good.parameters()))
                     opt_good.step()
@@ -410,12 +411,13 @@ def main():
                 # the code of Salimans et al. has this 0.5, and gan_weight 1
                 loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                 if teach:  # -E [x is picked] log p(teacher's label | x)
-                    loss_con = (F.cross_entropy(logits_unl.float(), y_ema, reduction="none")
+                    loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                                 * picked).mean()
                     loss_d = loss_d + loss_con
                     losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 if args.good_generator:  # -E log p(y | G(z, y))
-                    ramp = min(1, max(0, 4 * step / total_steps - 1))  # from a quarter to the half
+                    # 0 in the first quarter of the run, 1 from its half on
+                    ramp = min(1, max(0, 4 * step / total_steps - 1))
                     logits_made = logits.split(sizes)[-1]  # (N, K)
                     loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits_made, y_made)
                     if not args.gan_weight:  # Triple-GAN: -E sum_y p(y | x) log sigmoid d_y(x)
@@ -453,7 +455,7 @@ def main():
                     logits, _ = student(augment(x, args.augmentation))
                 loss_s = labeled_loss(logits[:n_student], y)  # -E log p(y | augmented x)
                 if teach:  # -E log p(teacher's label | augmented x)
-                    loss_s = loss_s + labeled_loss(logits[n_student:], y_ema)
+                    loss_s = loss_s + labeled_loss(logits[n_student:], y_teacher)
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()

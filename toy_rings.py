@@ -42,7 +42,7 @@ LEARNING_RATE = 3e-3
 EMA_DECAY = 0.99
 LABELED_WEIGHT = 0.03  # small, so that 2000 points form the features before 8 labels do
 BANDWIDTH = 0.05  # of the density estimate, about the width of a ring
-SIDE = 1.6  # of the density table: beyond all data; outside, log p is that of its border
+REACH = 1.6  # the density table covers [-1.6, 1.6] in both coordinates, beyond all data
 LOW_DENSITY = 0.1  # quantile of the data's density; generated points shall be in places below it
 RIGHT_RING = 0.12  # a point this near to a ring's radius is on it, three times the rings' noise
 FRAMES = 25  # of rings.gif
@@ -85,16 +85,16 @@ def log_density_table(data):
     """Kernel density estimate of data (M, 2) on the plane, up to a constant: (321, 321) log p.
 
     A Gaussian of two coordinates is the product of two Gaussians, so the sum over the data is a
-    matrix product. Row: second coordinate, column: first, both from -SIDE to SIDE.
+    matrix product. Row: second coordinate, column: first, both from -REACH to REACH.
     """
-    axis = torch.linspace(-SIDE, SIDE, 321, device=data.device)  # 5 cells to a bandwidth
+    axis = torch.linspace(-REACH, REACH, 321, device=data.device)  # 5 cells to a bandwidth
     kernel = torch.exp(-(axis[:, None, None] - data).square() / (2 * BANDWIDTH**2))  # (321, M, 2)
     return (kernel[..., 1] @ kernel[..., 0].T).clamp(min=1e-6).log()  # 1e-6: far from any point
 
 
 def log_density(points, table):
     """log p, up to a constant, of points (N, 2), bilinear in the table -> (N,)."""
-    grid = (points / SIDE).view(1, 1, -1, 2)
+    grid = (points / REACH).view(1, 1, -1, 2)
     return F.grid_sample(table[None, None], grid, padding_mode="border",
                          align_corners=True).view(-1)
 
@@ -134,7 +134,7 @@ def with_class(z, y):
 
 
 def at(logits, y):
-    """Of each row of logits (N, K) that of its label y (N,) -> (N,)."""
+    """The logit of label y (N,) in each row of logits (N, K) -> (N,)."""
     return logits.gather(1, y[:, None])[:, 0]
 
 
@@ -160,7 +160,7 @@ def train(method, x_lab, y_lab, x_data, args, run):
     has_good = method in ("triple-gan", "ugan")  # a generator makes points of a given class
     networks = {"classifier": classifier_ema, "generator": generator}
     averages = [(classifier_ema, classifier)]
-    if has_good:  # only then, so that the others keep their random numbers
+    if has_good:  # only then: more networks would change the random numbers of the others
         pair_d = make_pair_discriminator().to(device)
         good = make_generator(LATENT_DIM + 2).to(device)
         good_ema = deepcopy(good).requires_grad_(False)
@@ -181,7 +181,7 @@ def train(method, x_lab, y_lab, x_data, args, run):
         if i == 0:
             order = torch.randperm(len(x_data), device=device)
         x_unl = x_data[order[i * BATCH_SIZE:(i + 1) * BATCH_SIZE]]  # (N, 2)
-        # (N, 2); in every method, so that all draw the same random numbers up to here
+        # (N, 2); also where no loss uses it, so that the methods draw the same random numbers
         x_fake = generator(torch.randn(BATCH_SIZE, LATENT_DIM, device=device))
         losses = {}
 
@@ -196,16 +196,17 @@ def train(method, x_lab, y_lab, x_data, args, run):
             pair_d.requires_grad_(True)
             d_lab, d_unl, d_good = pair_d(x_lab), pair_d(x_unl), pair_d(x_good.detach())
             # binary cross-entropy of each kind of pair; sigmoid d is the probability of "real"
-            loss_pair = (0.1 * unlabeled_loss(at(d_lab, y_lab))  # real: labeled points
-                         + 0.9 * unlabeled_loss(at(d_unl, y_unl))  # real: points the EMA labels
-                         + 0.5 * fake_loss(at(d_good, y_good))  # fake: points made to order
+            loss_pair = (0.1 * F.softplus(-at(d_lab, y_lab)).mean()  # real: labeled points
+                         + 0.9 * F.softplus(-at(d_unl, y_unl)).mean()  # real: points the EMA labels
+                         + 0.5 * F.softplus(at(d_good, y_good)).mean()  # fake: points made to order
                          # fake: points with a label drawn from p(y | x), in expectation
                          + 0.5 * (p_unl * F.softplus(d_unl)).sum(dim=1).mean())
             opt_pair_d.zero_grad()
             loss_pair.backward()
             opt_pair_d.step()
             pair_d.requires_grad_(False)
-            loss_good = fool_loss(at(pair_d(x_good), y_good))  # -E log sigmoid d_y(G(z, y))
+            # -E log sigmoid d_y(G(z, y))
+            loss_good = F.softplus(-at(pair_d(x_good), y_good)).mean()
             opt_good.zero_grad()
             loss_good.backward()
             opt_good.step()
@@ -372,21 +373,21 @@ def main():
     run = Run(args.out_dir, f"{SCRIPT}__n{args.num_labeled}__split{args.split_seed}"
               f"__seed{args.seed}", vars(args))
 
-    started, accuracy, good, snapshots, weights = time.perf_counter(), {}, {}, {}, {}
+    started, accuracy, good_scores, snapshots, weights = time.perf_counter(), {}, {}, {}, {}
     for method in methods:
         networks, snapshots[method] = train(method, x_lab, y_lab, x_data, args, run)
-        # test points are scored here only, once a method; there is nothing to choose between
+        # test points are scored here only, at the end of each method: they choose nothing
         test = evaluate(networks["classifier"], [(x_test.to(device), y_test.to(device))], 2)
         accuracy[method] = test["accuracy"]
         if "good_generator" in networks:
-            good[method] = score_good_generator(networks["good_generator"], device)
+            good_scores[method] = score_good_generator(networks["good_generator"], device)
         weights[method] = {name: network.state_dict() for name, network in networks.items()}
         say(f"{method}: {accuracy[method]:.2%} of {NUM_TEST} test points")
     seconds = time.perf_counter() - started
     run.save("final.pt", weights)
     run.finish(device, script=SCRIPT, method=" ".join(methods), accuracy=accuracy,
-               good_generator=good,
-               steps=snapshots["supervised"][-1][0], seconds=round(seconds, 1))
+               good_generator=good_scores, steps=snapshots["supervised"][-1][0],
+               seconds=round(seconds, 1))
     draw_figures(x, y, labeled, snapshots, accuracy, run)
 
 

@@ -274,6 +274,14 @@ def test_a_signal_in_the_last_step_of_an_epoch_ends_the_run_after_it(three_epoch
     assert_same_run(run, whole)
 
 
+def test_a_second_signal_ends_the_process_though_of_another_kind():
+    code = ("import os, signal, sgan_catsdogs; received = sgan_catsdogs.stop_signals(); "
+            "os.kill(os.getpid(), signal.SIGINT); print(len(received), flush=True); "
+            "os.kill(os.getpid(), signal.SIGTERM); print('survived')")
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == -signal.SIGTERM and ended.stdout == "1\n"
+
+
 def test_a_signal_does_not_save_what_is_not_finite(three_epochs):
     run, message = end_at(2, signal.SIGINT, [*three_epochs, "--lr", 1e30], "runs")
     assert re.match(r"stopped: \S+ is (nan|inf|-inf) at step [12];", message)

@@ -351,6 +351,7 @@ def test_seed_is_recorded_of_as_many_photos_as_were_drawn(tmp_path):
     photos = six_photos(tmp_path / "photos", "{}.jpg")
     sgan_catsdogs.draw_folders(photos, ["cat"] * 6, [labeled, train], [3], 7)
     assert sgan_catsdogs.recorded_split_seed(labeled, 3) == 7
+    assert sgan_catsdogs.recorded_split_seed(f"{labeled}/", 3) == 7  # as a shell completes it
     assert sgan_catsdogs.recorded_split_seed(labeled, 4) is None  # other photos
     assert sgan_catsdogs.recorded_split_seed(train, 3) is None
     for text in ("", "[]", '{"files": [1, 2, 3]}', '{"split_seed": 1, "files": null}'):
@@ -525,6 +526,13 @@ def test_samples_are_a_grid_in_the_order_of_z(count, columns, rows, channels, tm
     centers = image[6::10, 6::10].reshape(-1, 3)[:count]
     assert np.abs(centers - 255 * z.numpy()).max() <= 1
     assert painter.training
+
+
+def test_a_generator_that_fails_goes_on_in_training_mode(tmp_path, capsys):
+    painter = Painter(4).train()
+    common.save_samples(painter, torch.zeros(9, 2), tmp_path / "grid.png")  # z of a wrong width
+    assert painter.training and not (tmp_path / "grid.png").exists()
+    assert "warning: save_samples failed" in capsys.readouterr().err
 
 
 def framed(path):
