@@ -138,6 +138,8 @@ def parse_args():
         last = Path(args.resume, "last.pt")
         if not last.exists() and Path(args.resume, "final.pt").exists():
             die(f"--resume {args.resume}: that run is finished")
+        if not last.exists() and Path(args.resume, "args.json").exists():
+            die(f"--resume {args.resume}: that run ended before it saved anything; start it anew")
         checkpoint = load_checkpoint(last, "--resume", ["args", "step"])
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args()
@@ -386,6 +388,7 @@ def stop_signals():
     received, signals = [], (signal.SIGINT, signal.SIGTERM)
 
     def note(signum, frame):
+        os.write(2, b"\nstopping after this step; a second signal ends at once, unsaved\n")
         received.append(signum)
         for other in signals:
             signal.signal(other, signal.SIG_DFL)
@@ -397,7 +400,9 @@ def stop_signals():
 
 def load_checkpoint(path, flag, keys):
     """A saved file, on the CPU. One that is missing, damaged or lacks a key is refused."""
-    if not Path(path).is_file():
+    if Path(path).is_dir():
+        die(f"{flag}: {path} is a folder: name a file in it, such as {Path(path, 'final.pt')}")
+    if not Path(path).exists():
         die(f"{flag}: there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -462,7 +467,7 @@ def open_run(args, method, num_labeled, split_seed, rows, attention):
     run = Run(args.out_dir, f"{SCRIPT}__{method}__n{num_labeled}__px{args.image_size}{split}"
               f"__seed{args.seed}", config, args.resume, rows)
     unusable, leaks, conflicts = attention
-    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
+    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used and are left out")
     run.warn("leaks.csv", ("held out", "training"), leaks,
              "validation or test images are training images too")
     run.warn("conflicts.csv", ("file", "labeled otherwise"), conflicts,
@@ -776,7 +781,7 @@ def predict(args):
     dali_loader([], None, 1, model["image_size"], device)  # exits if DALI is not installed
     files, unusable = check_images(args.predict, "--predict")
     run = Run(args.out_dir, "predict", vars(args))
-    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used")
+    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used and are left out")
 
     photos, p, p_real = Photos(files, None, model["image_size"], device), [], []
     with bf16_autocast(device):
@@ -888,7 +893,10 @@ def draw_folders(images, classes, targets, sizes, seed: int):
 
 def draw_demo():
     """Draw the cartoon pets of --demo, if they are not there yet."""
-    from tests.cartoons import draw_dataset
+    try:
+        from tests.cartoons import draw_dataset
+    except ModuleNotFoundError:
+        die("--demo needs the repository's folder tests/ beside this script")
     if not Path("data/demo").exists():
         say("drawing 2,000 cartoon cats and dogs ...")
         draw_dataset(Path("data/demo"))

@@ -280,6 +280,7 @@ def test_a_second_signal_ends_the_process_though_of_another_kind():
             "os.kill(os.getpid(), signal.SIGTERM); print('survived')")
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == -signal.SIGTERM and ended.stdout == "1\n"
+    assert "a second signal ends at once" in ended.stderr
 
 
 def test_a_signal_does_not_save_what_is_not_finite(three_epochs):
@@ -343,6 +344,10 @@ def test_damaged_or_missing_checkpoints_are_refused(ended, whole, tmp_path, caps
         assert str(folder / "last.pt") in message and word in message
 
     refused(tmp_path, "no file")
+    Path(tmp_path, "args.json").touch()  # a run that was killed in its first epoch
+    message = refusal(capsys, "sgan_catsdogs", "--resume", tmp_path)
+    assert f"--resume {tmp_path}: that run ended before it saved anything" in message
+    Path(tmp_path, "args.json").unlink()
     message = refusal(capsys, "sgan_catsdogs", "--resume", whole)
     assert f"--resume {whole}: that run is finished" in message
     shutil.copy(ended[0] / "last.pt", tmp_path)
@@ -397,7 +402,8 @@ def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path
     state = torch.load(whole / "best.pt", weights_only=True)
     del state["classifier"]["head.bias"]
     torch.save(state, tmp_path / "best.pt")
-    for path, word in ((tmp_path / "missing.pt", "no file"), (ended[0] / "args.json", "damaged"),
+    for path, word in ((tmp_path / "missing.pt", "no file"), (ended[0], "is a folder"),
+                       (ended[0] / "args.json", "damaged"),
                        (ended[0] / "last.pt", "another kind"),
                        (tmp_path / "best.pt", "other networks")):
         message = refused("--predict", pets / "test", "--checkpoint", path)
