@@ -229,9 +229,8 @@ def check_images(folder, flag: str):
 
     folder = Path(folder)
     if not os.path.isdir(folder):
-        die(f"{flag} {folder} is not a folder: name a folder that holds images"
-            + (" (--prepare and --download make the four folders for training)"
-               if flag.endswith("-dir") else ""))
+        die(f"{flag} {folder} is not a folder: name a folder that holds images (--prepare and "
+            "--download make the four folders for training)")
     files, seen = [], set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         if os.path.realpath(parent) in seen:  # another link leads here, maybe one to a parent

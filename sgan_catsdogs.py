@@ -136,10 +136,11 @@ def parse_args():
         args = parser.parse_args()
     if args.resume:  # the run's own flags become the defaults; any given must agree with them
         last = Path(args.resume, "last.pt")
-        if not last.exists() and Path(args.resume, "final.pt").exists():
-            die(f"--resume {args.resume}: that run is finished")
-        if not last.exists() and Path(args.resume, "args.json").exists():
-            die(f"--resume {args.resume}: that run ended before it saved anything; start it anew")
+        if not last.exists():
+            if Path(args.resume, "final.pt").exists():
+                die(f"--resume {args.resume}: that run is finished")
+            if Path(args.resume, "args.json").exists():
+                die(f"--resume {args.resume}: that run ended before it saved anything; start anew")
         checkpoint = load_checkpoint(last, "--resume", ["args", "step"])
         parser.set_defaults(**checkpoint["args"])
         args = parser.parse_args()
@@ -402,7 +403,7 @@ def load_checkpoint(path, flag, keys):
     """A saved file, on the CPU. One that is missing, damaged or lacks a key is refused."""
     if Path(path).is_dir():
         die(f"{flag}: {path} is a folder: name a file in it, such as {Path(path, 'final.pt')}")
-    if not Path(path).exists():
+    if not Path(path).is_file():
         die(f"{flag}: there is no file {path}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
