@@ -21,7 +21,9 @@ import resource
 import sys
 import time
 import warnings
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from itertools import islice
 from pathlib import Path
 
@@ -30,10 +32,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
-from PIL import Image
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
-from torchvision.utils import save_image
+from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 # ==================================== the log-sum-exp loss =======================================
@@ -78,7 +79,7 @@ def fool_loss(r: Tensor) -> Tensor:
     return F.softplus(-float32_at_least(r)).mean()
 
 
-# ========================================= flags and device =======================================
+# ===================================== the command line, and device ===============================
 
 
 def die(message: str):
@@ -88,32 +89,44 @@ def die(message: str):
 
 
 def say(*words, file=None):
-    """Print a line at once, on stdout or on the file given.
+    """Print a line at once, on stdout or on the file given; of several processes the first does.
 
-    If nobody reads it any more, as after `| head`, the run goes on and prints nowhere.
+    Characters that the output's encoding lacks are escaped. If nobody reads it any more, as after
+    `| head`, the run goes on and prints nowhere.
     """
+    if torch.distributed.is_initialized() and torch.distributed.get_rank():
+        return
     file = file or sys.stdout
+    encoding = file.encoding or "utf-8"
+    line = " ".join(map(str, words)).encode(encoding, "backslashreplace").decode(encoding)
     try:
-        print(*words, file=file, flush=True)
+        print(line, file=file, flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
+
+
+def run_script(main):
+    """Call a script's main(). Ctrl-C or a file that cannot be read or written ends it in a line."""
+    try:
+        main()
+    except OSError as error:
+        raise SystemExit(f"stopped: {error}") from None
+    except KeyboardInterrupt:
+        say("\nstopped by Ctrl-C", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 def number(kind, *, minimum=-math.inf, above=-math.inf, maximum=math.inf, below=math.inf):
     """A `type=` for argparse: `number(int, minimum=1)` accepts whole numbers from 1 on.
 
-    kind is int or float. A value outside the bounds, or infinite, or NaN, is refused with the
-    flag's name.
+    kind is int or float. A value outside the bounds, infinite or NaN is refused, naming the flag.
     """
     def parse(text):
         value = kind(text)
-        if value in (math.inf, -math.inf):
-            raise argparse.ArgumentTypeError(f"it must be a finite number, but is {text}")
-        if not (minimum <= value <= maximum and above < value < below):
-            bounds = [f"{word} {bound}" for word, bound in (
-                ("at least", minimum), ("above", above), ("at most", maximum), ("below", below))
-                if math.isfinite(bound)]
-            raise argparse.ArgumentTypeError(f"it must be {' and '.join(bounds)}, but is {text}")
+        if not (minimum <= value <= maximum and above < value < below and abs(value) < math.inf):
+            bounds = {"at least": minimum, "above": above, "at most": maximum, "below": below}
+            words = [f"{word} {bound}" for word, bound in bounds.items() if math.isfinite(bound)]
+            raise argparse.ArgumentTypeError(f"it must be {' and '.join(words)}, but is {text}")
         return value
 
     parse.__name__ = kind.__name__  # argparse says "invalid int value" of what is no number
@@ -124,93 +137,99 @@ def pick_device(name: str) -> torch.device:
     """"auto", "cpu" or "cuda" -> device. "auto" takes the GPU if there is one."""
     if name == "cuda" and not torch.cuda.is_available():
         die("--device cuda was asked for, but torch finds no CUDA GPU: use --device cpu or auto")
-    cuda = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    cuda = name != "cpu" and torch.cuda.is_available()
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
-def bf16_autocast(device: torch.device) -> torch.autocast:
-    """Autocast to bfloat16 if the hardware multiplies in it; otherwise a context without effect.
+def multiplies_in_bf16(device: torch.device) -> bool:
+    """Whether bfloat16 is faster than float32 on a device.
 
-    Of processors that is one with AMX, or one by AMD with avx512_bf16. An Intel Xeon with
-    avx512_bf16 but without AMX, as on some virtual machines, took twice as long in bfloat16 as in
-    float32. All others emulate bfloat16, which is slower still.
+    Of processors it is on one with AMX, or one by AMD with avx512_bf16. An Intel Xeon with
+    avx512_bf16 but without AMX took twice as long as in float32. All others emulate it.
     """
     if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        cpuinfo = Path("/proc/cpuinfo")
-        cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
-        native = "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)
-    return torch.autocast(device.type, torch.bfloat16, enabled=native)
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    cpuinfo = Path("/proc/cpuinfo")
+    cpu = cpuinfo.read_text() if cpuinfo.exists() else ""
+    return "amx_bf16" in cpu or ("avx512_bf16" in cpu and "AuthenticAMD" in cpu)
+
+
+def bf16_autocast(device: torch.device) -> torch.autocast:
+    """Autocast to bfloat16 where that is faster; otherwise a context without effect.
+
+    It is for networks alone: augmentation would read pixels from wrong places.
+    """
+    return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device))
 
 
 # =========================================== image files ==========================================
-# One file that DALI cannot decode ends its pipeline. So every file is decoded once beforehand.
+# NVIDIA DALI decodes JPEG and PNG of 8 bits, Pillow all other kinds. One file that cannot be
+# decoded would end a run, so every file is decoded once beforehand.
 
-# Kinds of pixels that DALI was seen to decode as Pillow does (tests/test_files.py). On others it
-# crashes or gives wrong colours. Keys are Pillow's format and decoder. Values are its raw modes, or
-# modes where there is no raw mode. MPO is the JPEG of some phones, with a second picture.
-DALI_DECODES = {
-    ("JPEG", "jpeg"): "L RGB CMYK CMYK;I",
-    ("MPO", "jpeg"): "L RGB",
-    ("PNG", "zip"): "1 L L;2 L;4 LA P P;1 P;2 P;4 RGB RGBA I;16B LA;16B RGB;16B RGBA;16B",
-    ("BMP", "raw"): "1 L P P;4 BGR BGRX",
-    ("BMP", "bmp_rle"): "P",
-    ("TIFF", "raw"): "L L;I P R RGB RGBX RGBA CMYK YCbCr I;16 I;16B RGB;16L RGBA;16L",
-    ("TIFF", "libtiff"): "1 L P RGB RGBA CMYK I;16N RGB;16N",
-    ("PPM", "raw"): "1;I L RGB I;16B",
-    ("JPEG2000", "jpeg2k"): "L RGB RGBA I;16",
-    ("WEBP", None): "RGB RGBA",
-}
-# What cameras, programs and systems leave beside photos. Hidden files are passed over as well.
-OTHER_FILES = {".aae", ".csv", ".db", ".htm", ".html", ".ini", ".json", ".log", ".md", ".mov",
-               ".mp4", ".pp3", ".thm", ".txt", ".xml", ".xmp", ".yaml", ".yml"}
+# What systems leave beside photos. Hidden folders are passed over as well.
 OTHER_FOLDERS = {"$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recycle", "@tmp", "__macosx",
                  "lost+found", "recycler", "system volume information"}
+SPLIT_NAME = r"(train|test|val|valid|validation|dev|eval)(ing|ation)?([ _-]?(set|data))?[ _-]?\d*"
+warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency
 
 
-def passed_over(name: str, others: set) -> bool:
-    """Whether a file's ending or a folder's name is one of the others, or the name is hidden."""
-    return name.startswith(".") or name.lower() in others or Path(name.lower()).suffix in others
+@functools.cache  # it is asked in each pass
+def decoded_by_dali(path) -> bool:
+    """Whether a file begins as a JPEG does, or as a PNG of 8 bits a channel."""
+    with open(path, "rb") as file:
+        head = file.read(25)
+    return head.startswith(b"\xff\xd8\xff") or (head.startswith(b"\x89PNG\r\n\x1a\n")
+                                                and head[24:] == b"\x08")
 
 
-def why_undecodable(image) -> str | None:
-    """Why DALI does not decode an image that Pillow has opened; None if it does."""
-    decoder, _, _, parameters = image.tile[0] if image.tile else (None, None, None, ())
-    raw_mode = parameters[0] if isinstance(parameters, tuple) and parameters else parameters
-    stored = image.mode if decoder in (None, "jpeg2k") else raw_mode
-    if image.format not in {name for name, _ in DALI_DECODES}:
-        return f"{image.format}, which DALI does not decode"
-    if stored not in DALI_DECODES.get((image.format, decoder), "").split():
-        return f"{image.format} of a kind that DALI does not decode ({decoder} {stored})"
-    if image.format == "TIFF":
-        compression, signs = image.info.get("compression"), image.tag_v2.get(339, (1,))
-        if compression in ("lzma", "webp") or set(signs) != {1}:  # 2: signed, 3: floating point
-            return f"TIFF of a kind that DALI does not decode ({compression}, SampleFormat {signs})"
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        return "several frames or pages"
+def bytes_for_dali(path) -> np.ndarray:
+    """An image file as bytes that DALI decodes. Raises an exception if Pillow cannot decode it.
+
+    What is neither a JPEG nor a PNG of 8 bits becomes a PPM file, upright, in RGB of 8 bits: 16
+    bits of grey are divided by 257, and transparency is dropped.
+    """
+    if decoded_by_dali(path):
+        return np.fromfile(path, np.uint8)
+    with Image.open(path) as image:
+        kind = image.format
+        if kind == "EPS":
+            raise ValueError("EPS is a program, and is not run")
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError("several frames or pages")
+        tags = image.tag_v2 if kind == "TIFF" else {}  # bits 258, planes 284, signed or not 339
+        if 12 in tags.get(258, ()) or set(tags.get(339, (1,))) != {1} or (
+                16 in tags.get(258, ()) and tags.get(284) == 2):
+            raise ValueError("a rare kind of TIFF: save it anew, in 8 bits a channel")
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError("more than 16 bits a channel")
+    ppm = io.BytesIO()
+    image.convert("RGB").save(ppm, "PPM")
+    return np.frombuffer(ppm.getbuffer(), np.uint8)
 
 
 def why_unusable(path):
     """Why an image file cannot be used, in a few words; None if it can.
 
-    Pillow decodes it, a JPEG at an eighth of its size. That reads all of the file, too.
+    It is decoded as in training, but a JPEG at an eighth of its size. That reads all of it, too.
     """
     try:
-        str(path).encode()  # fails if the name is not UTF-8
+        str(path).encode()
         if path.stat().st_size == 0:
             return "empty"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large images
-            with Image.open(path) as image:
-                reason = why_undecodable(image)
-                if reason:
-                    return reason
-                image.verify()
-            with Image.open(path) as image:  # nothing can be read after verify()
-                image.draft("RGB", (64, 64))
-                image.load()
-    except Image.UnidentifiedImageError:
+        if not decoded_by_dali(path):
+            bytes_for_dali(path)
+            return None
+        with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:  # nothing can be read after verify()
+            image.draft("RGB", (64, 64))
+            image.load()
+    except UnicodeEncodeError:
+        return "its name is not UTF-8: rename it"
+    except UnidentifiedImageError:
         return "not an image"
     except Exception as error:  # Pillow raises many kinds for a damaged file
         return f"cannot be read: {error}"
@@ -219,14 +238,16 @@ def why_unusable(path):
 def check_images(folder, flag: str):
     """All image files below a folder -> (usable paths, sorted; {unusable path: reason}).
 
-    Links are followed. OTHER_FILES and OTHER_FOLDERS are passed over. Exits with status 2 and the
-    flag's name if the folder is missing, empty or cannot be read, or if more than half of its files
-    are unusable.
+    Links are followed. Hidden files and OTHER_FOLDERS are passed over. So are files that are images
+    neither by content nor by their ending; a line says how many. Exits with status 2 and the flag's
+    name if the folder is missing, cannot be read or holds no image, or if more than half of its
+    images are unusable.
     """
     def refuse(error):
         die(f"{flag} {folder}: the folder {error.filename} cannot be read ({error.strerror}); make "
             "it readable, or move it elsewhere")
 
+    dali_loader([], None, 1, 1, torch.device("cpu"))  # exits if DALI is not installed
     folder = Path(folder)
     if not os.path.isdir(folder):
         die(f"{flag} {folder} is not a folder: name a folder that holds images (--prepare and "
@@ -237,19 +258,35 @@ def check_images(folder, flag: str):
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not passed_over(name, OTHER_FOLDERS))
-        files += [Path(parent, name) for name in names if not passed_over(name, OTHER_FILES)]
+        folders[:] = sorted(name for name in folders if not passed_over(name))
+        files += [Path(parent, name) for name in names if not name.startswith(".")]
     files.sort()
-    if not files:
-        die(f"{flag} {folder} holds no images")
+    if len(files) > 5000:  # progress is shown on a terminal only
+        say(f"checking {len(files)} files in {flag} {folder} ...")
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds a decoded image
         reasons = list(tqdm(pool.map(why_unusable, files), f"checking {folder}", len(files),
                             disable=None, leave=False))
-    unusable = {path: reason for path, reason in zip(files, reasons) if reason}
-    if 2 * len(unusable) > len(files):
-        die(f"{len(unusable)} of {len(files)} files in {flag} {folder} cannot be used"
-            + listing(unusable))
-    return [path for path in files if path not in unusable], unusable
+    usable = [path for path, reason in zip(files, reasons) if not reason]
+    unusable, others = {}, Counter()  # others: how many of each ending are no images
+    for path, reason in zip(files, reasons):
+        if reason == "not an image" and path.suffix.lower() not in Image.registered_extensions():
+            others[path.suffix.lower() or "without ending"] += 1
+        elif reason:
+            unusable[path] = reason
+    if others:
+        endings = ", ".join(f"{n} {ending}" for ending, n in others.most_common(10))
+        say(f"{flag} {folder}: {others.total()} files are no images and are passed over: {endings}")
+    if not usable and not unusable:
+        die(f"{flag} {folder} holds no images")
+    if len(unusable) > len(usable):
+        die(f"{len(unusable)} of {len(usable) + len(unusable)} images in {flag} {folder} cannot be "
+            "used" + listing(unusable))
+    return usable, unusable
+
+
+def passed_over(folder_name: str) -> bool:
+    """Whether a folder is hidden, or one of those that systems leave behind."""
+    return folder_name.startswith(".") or folder_name.lower() in OTHER_FOLDERS
 
 
 def listing(unusable: dict) -> str:
@@ -259,43 +296,49 @@ def listing(unusable: dict) -> str:
 
 
 def classes_of(images, folder, flag: str, at_least=1) -> list:
-    """The class of each labeled image: its subfolder, or else its name without a number at the end.
+    """The class of each labeled image: its subfolder, or else its name without numbers at the end.
 
-    american_bulldog_1.jpg is of class american_bulldog; cat.12.jpg, cat (7).jpg and cat3.jpg are of
-    class cat. Exits with status 2 if only some images are in subfolders, if a name is but a number,
-    or if there are fewer classes than at_least.
+    american_bulldog_1.jpg is of class american_bulldog; cat.12.jpg, cat (7).jpg, cat3.jpg and
+    cat.8 (1).jpg are of class cat. Exits with status 2 if only some images are in subfolders, if a
+    name is but a number, if there are fewer classes than at_least, or if the subfolders are named
+    like the parts of a data set.
     """
     loose = [path for path in images if path.parent == Path(folder)]
     if 0 < len(loose) < len(images):
         die(f"{flag} {folder} holds subfolders of images, and beside them images such as "
             f"{loose[0]}: move these into the subfolder of their class, or elsewhere")
-    if not loose:
-        classes = [path.relative_to(folder).parts[0] for path in images]
+    if loose:
+        classes = [re.sub(r"([\s._-]*(\d+|\(\d+\)))+$", "", path.stem) for path in images]
     else:
-        classes = [re.sub(r"[\s._-]*(\d+|\(\d+\))$", "", path.stem) for path in images]
-    if "" in classes:
-        path = images[classes.index("")]
-        die(f"{path} has no class: put it in a subfolder, or begin its name with the class")
-    if len(set(classes)) < at_least:
-        die(f"{flag} {folder} holds one class only ({classes[0]}): at least two are needed; name "
+        classes = [path.relative_to(folder).parts[0] for path in images]
+    names = sorted(set(classes))
+    if "" in names:
+        die(f"{images[classes.index('')]} has no class: put it in a subfolder, or begin its name "
+            "with the class")
+    if len(names) < at_least:
+        die(f"{flag} {folder} holds one class only ({names[0]}): at least two are needed; name "
             "a folder with a subfolder for each class, or with files like cat.0.jpg, dog.0.jpg")
+    if len(names) > 1 and all(re.fullmatch(SPLIT_NAME, name, re.IGNORECASE) for name in names):
+        die(f"{flag} {folder} holds the parts of a data set, {' and '.join(names)}, which are no "
+            f"classes: name one of them, such as {flag} {Path(folder, names[-1])}")
     return classes
 
 
-def check_labeled(folder, flag: str, class_names=None):
+def check_labeled(folder, flag: str, class_names=None, strict=True):
     """A labeled folder -> (paths, class index of each, class names, {unusable path: reason}).
 
-    Without class_names the folder defines the classes, and every file in it must be usable. With
-    class_names, as for validation and test, other classes are refused. Exits with status 2 and the
-    flag's name on bad input. Without class_names a single class is bad input, too.
+    Without class_names the folder defines the classes, two at least, and if strict every image in
+    it must be usable. With class_names, as for validation and test, other classes are refused.
+    Prints how many images of each class there are. Exits with status 2 and the flag's name on bad
+    input.
     """
     images, unusable = check_images(folder, flag)
-    if class_names is None and unusable:
+    if class_names is None and unusable and strict:
         die(f"each file in {flag} {folder} must be an image; repair or remove" + listing(unusable))
     classes = classes_of(images, folder, flag, at_least=2 if class_names is None else 1)
     if class_names is None:
         empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
-                 and not passed_over(d.name, OTHER_FOLDERS)]
+                 and not passed_over(d.name)]
         if empty:
             die(f"class {empty[0]} in {flag} {folder} has no image")
         class_names = sorted(set(classes))
@@ -303,36 +346,45 @@ def check_labeled(folder, flag: str, class_names=None):
     if unknown:
         die(f"class {unknown[0]} in {flag} {folder} has no labeled image: the classes are "
             f"{', '.join(class_names)}")
-    return images, [class_names.index(c) for c in classes], class_names, unusable
+    counts = {name: classes.count(name) for name in class_names}
+    say(f"{flag} {folder}: " + ", ".join(f"{n} {name}" for name, n in counts.items()))
+    if 0 in counts.values():
+        lacking = ", ".join(name for name, n in counts.items() if n == 0)
+        say(f"warning: {flag} {folder} has no image of {lacking}")
+    return images, [class_names.index(name) for name in classes], class_names, unusable
 
 
-def same_bytes(files, others, is_pair=lambda path, other: True) -> dict:
-    """{file: one of the other files, of the same bytes}; files without such a copy are left out.
+def same_bytes(files) -> list:
+    """Groups of two or more files that are equal byte for byte, each in the order given.
 
-    is_pair(file, other) tells which pairs are looked at. A file is read once, if at all.
+    A file is read once, and only if another one has its size.
     """
-    digest = functools.cache(lambda path: hashlib.sha256(path.read_bytes()).digest())
-    by_size, copies = {}, {}
-    for path in others:
-        by_size.setdefault(path.stat().st_size, []).append(path)
+    by_size, by_content = {}, {}
     for path in files:
-        for other in by_size.get(path.stat().st_size, []):
-            if is_pair(path, other) and digest(other) == digest(path):
-                copies[path] = other
-                break
-    return copies
+        by_size.setdefault(path.stat().st_size, []).append(path)
+    for alike in by_size.values():
+        for path in alike if len(alike) > 1 else ():
+            by_content.setdefault(digest(path), []).append(path)
+    return [group for group in by_content.values() if len(group) > 1]
+
+
+@functools.cache
+def digest(path) -> str:
+    """The SHA-256 of a file."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 # ========================================= the DALI loader ========================================
 
 
 def dali_loader(files, labels, batch_size, image_size, device):
-    """One pass over image files, in order, with NVIDIA DALI, decoded on the device that trains.
+    """One pass over image files, in order, with NVIDIA DALI.
 
     Args:
         files: N paths. labels: N class indices, or None to get each file's position instead.
         image_size: each image is resized to this square; its aspect ratio is not kept.
-        device: on CUDA the GPU decodes and resizes; otherwise CPU threads do.
+        device: on CUDA the GPU decodes and resizes; otherwise CPU threads do. What is neither a
+            JPEG nor a PNG of 8 bits is always decoded by the CPU, with Pillow.
     Returns:
         an iterator of (images (B, 3, S, S) float32 in [0, 1], labels (B,) int64) on `device`. The
         last batch may be smaller, and each file comes exactly once. Decoding starts with the call
@@ -345,21 +397,30 @@ def dali_loader(files, labels, batch_size, image_size, device):
         die("NVIDIA DALI is not installed: `pip install nvidia-dali-cuda120` (Linux only)")
     if len(files) == 0:
         return iter(())
-    labels = range(len(files)) if labels is None else labels
+    labels = list(range(len(files)) if labels is None else labels)
     on_gpu = device.type == "cuda"
     threads = min(8, os.cpu_count())
     # The CPU decodes a few photos at once, not a batch of 64: one of 12 megapixels takes 36 MB.
     # Photos that wait for the training are small, as they are resized.
     at_once = min(len(files), batch_size if on_gpu else math.gcd(batch_size, threads))
-    # Fewer wait where there are few: after the last photo DALI starts over, for no use.
+    # Prefetch less for small sets: after the last photo DALI starts over, and that work is wasted.
     ahead = max(1, min(max(2, batch_size // at_once), len(files) // at_once // 8))
+    plain = all(map(decoded_by_dali, files))  # then DALI itself reads the files
 
-    @pipeline_def(batch_size=at_once, num_threads=threads,
-                  prefetch_queue_depth=ahead,
+    def other_kinds():  # of at_once files a time
+        with ThreadPoolExecutor(threads) as pool:
+            for start in range(0, len(files), at_once):
+                part = slice(start, start + at_once)
+                yield list(pool.map(bytes_for_dali, files[part])), np.array(labels[part])[:, None]
+
+    @pipeline_def(batch_size=at_once, num_threads=threads, prefetch_queue_depth=ahead,
                   device_id=device.index if on_gpu else None)
     def pipeline():
-        encoded, y = fn.readers.file(files=[str(path) for path in files],
-                                     labels=list(labels), pad_last_batch=True, name="reader")
+        if plain:
+            encoded, y = fn.readers.file(files=[str(path) for path in files], labels=labels,
+                                         pad_last_batch=True, name="reader")
+        else:
+            encoded, y = fn.external_source(source=other_kinds, num_outputs=2)
         # colours are interpolated on a GPU as they are on a CPU: small photos differ much otherwise
         x = fn.decoders.image(encoded, device="mixed" if on_gpu else "cpu", output_type=types.RGB,
                               jpeg_fancy_upsampling=True)
@@ -369,7 +430,7 @@ def dali_loader(files, labels, batch_size, image_size, device):
         return x, (y.gpu() if on_gpu else y)
 
     # PARTIAL with a padded reader: the last part is cut to the photos that are left
-    iterator = DALIGenericIterator(pipeline(), ["x", "y"], reader_name="reader",
+    iterator = DALIGenericIterator(pipeline(), ["x", "y"], reader_name="reader" if plain else None,
                                    last_batch_policy=LastBatchPolicy.PARTIAL)
 
     def batches():
@@ -397,13 +458,12 @@ class Photos:
                                       device=device)
         self.images = None
         if len(files) * 3 * image_size**2 <= cache_bytes:
-            images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8,
-                                 device=device)
+            self.images = torch.empty(len(files), 3, image_size, image_size, dtype=torch.uint8,
+                                      device=device)
             with tqdm(total=len(files), desc="decoding", leave=False, disable=None) as progress:
                 for x, indices in dali_loader(files, None, 64, image_size, device):
-                    images[indices] = (x * 255).round().byte()
+                    self.images[indices] = (x * 255).round().byte()
                     progress.update(len(x))
-            self.images = images
 
     def batches(self, batch_size, order=None):
         """One pass: an iterator of (images (B, 3, S, S) float32 in [0, 1], labels (B,)).
@@ -494,29 +554,27 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
 def atomic(path):
     """`with atomic(path) as tmp:` write to tmp; then path appears whole, or stays as it was.
 
-    A missing folder is made.
+    A missing folder is made. If the file cannot be written, exits with status 1.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(tmp, path)
+    except OSError as error:
+        raise SystemExit(f"stopped: {path} cannot be written ({error.strerror}); what was saved "
+                         "before is kept") from None
     finally:
         tmp.unlink(missing_ok=True)
 
 
-def as_json(values: dict) -> str:
-    """A dictionary as JSON; what JSON does not know, such as a path, becomes its text."""
-    return json.dumps(values, indent=2, default=str) + "\n"
-
-
 def write_json(path, values: dict):
-    """Write a dictionary as JSON, whole or not at all."""
+    """Write a dictionary as JSON; what JSON does not know, such as a path, becomes its text."""
     with atomic(path) as tmp:
-        tmp.write_text(as_json(values))
+        tmp.write_text(json.dumps(values, indent=2, default=str) + "\n")
 
 
 class Run:
@@ -535,27 +593,14 @@ class Run:
                 half_written.unlink()
             return
         stamp = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
-        for attempt in range(100):  # two runs may start in the same second
-            self.dir = Path(out_dir) / (f"{stamp}-{attempt}" if attempt else stamp)
+        for ending in ("", *(f"-{n}" for n in range(1, 100))):  # for runs of the same second
+            self.dir = Path(out_dir, stamp + ending)
             try:
                 self.dir.mkdir(parents=True)
                 break
             except FileExistsError:
                 continue
-            except OSError as error:
-                die(f"--out-dir {out_dir} cannot be written: {error.strerror}")
-        with self.writing("args.json") as tmp:
-            tmp.write_text(as_json(config))
-
-    @contextlib.contextmanager
-    def writing(self, filename: str):
-        """As atomic(), for a file of the run; if it cannot be written, exits with status 1."""
-        try:
-            with atomic(self.dir / filename) as tmp:
-                yield tmp
-        except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-            raise SystemExit(f"stopped: {self.dir / filename} cannot be written ({error}); what "
-                             "was saved before is kept")
+        write_json(self.dir / "args.json", config)
 
     def table(self, filename: str, rows: list):
         """Write a CSV file; rows are {column: value}. A column that a row lacks stays empty."""
@@ -563,33 +608,52 @@ class Run:
         writer = csv.DictWriter(text, fieldnames=dict.fromkeys(k for row in rows for k in row))
         writer.writeheader()
         writer.writerows(rows)
-        with self.writing(filename) as tmp:  # a file's name may be no UTF-8
+        with atomic(self.dir / filename) as tmp:  # a file's name may be no UTF-8
             tmp.write_text(text.getvalue(), encoding="utf-8", errors="backslashreplace")
+
+    def warn(self, filename: str, columns, rows, what: str):
+        """If there are rows, tuples, write them as a table and print one line that says so."""
+        if rows:
+            self.table(filename, [dict(zip(columns, row)) for row in rows])
+            say(f"warning: {len(rows)} {what}: see {self.dir / filename}")
 
     def log(self, row: dict):
         """Add a row of numbers to metrics.csv."""
         self.rows.append(row)
         self.table("metrics.csv", self.rows)
 
-    def log_epoch(self, row: dict):
-        """Add the numbers of one epoch to metrics.csv, draw curves.png and print a line."""
-        self.log(row)
+    def log_epoch(self, row: dict, scores: dict, scores_ema: dict):
+        """Add an epoch to metrics.csv, draw curves.png and print a line.
+
+        row holds step, epoch, seconds, images_per_s and means of the losses. scores and scores_ema
+        are what evaluate() says of raw and of averaged weights on validation images.
+        """
+        self.log({**row, "val_loss": scores["loss"], "val_accuracy": scores["accuracy"],
+                  "val_loss_ema": scores_ema["loss"], "val_accuracy_ema": scores_ema["accuracy"]})
         plot_curves(self.rows, self.dir / "curves.png")
         means = "".join(f"{name} {value:.3g}, " for name, value in row.items() if "/" in name)
-        say(f"epoch {row['epoch']}: {means}val {row['val_accuracy']:.2%}, EMA "
-            f"{row['val_accuracy_ema']:.2%}, {row['images_per_s']:.0f} images/s, "
+        say(f"epoch {row['epoch']}: {means}val {scores['accuracy']:.2%}, EMA "
+            f"{scores_ema['accuracy']:.2%}, {row['images_per_s']:.0f} images/s, "
             f"{row['seconds']:.0f} s")
-
-    def warn(self, filename: str, columns, found: dict, what: str):
-        """If anything was found, list it under the two columns and print one line that says so."""
-        if found:
-            self.table(filename, [dict(zip(columns, pair)) for pair in found.items()])
-            say(f"warning: {len(found)} {what}: see {self.dir / filename}")
 
     def save(self, filename: str, state: dict):
         """Save tensors, numbers and strings; `torch.load(weights_only=True)` reads them."""
-        with self.writing(filename) as tmp:
-            torch.save(state, tmp)
+        saved = io.BytesIO()  # torch's own writer does not say that a disk is full
+        torch.save(state, saved)
+        with atomic(self.dir / filename) as tmp:
+            tmp.write_bytes(saved.getbuffer())
+
+    def save_best(self, best_val: float, raw, ema, **others) -> float:
+        """Write best.pt if validation accuracy exceeds best_val; returns the best one so far.
+
+        raw, ema: (network, what evaluate() says of it) of raw and of averaged weights.
+        """
+        for weights, (network, scores) in (("raw", raw), ("ema", ema)):
+            if not scores["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
+                best_val = scores["accuracy"]
+                self.save("best.pt", {"classifier": network.state_dict(), "weights": weights,
+                                      "val_accuracy": best_val, **others})
+        return best_val
 
     def finish(self, device: torch.device, **results):
         """Write results.json, and print the same object after the word RESULT as the last line.
@@ -605,8 +669,7 @@ class Run:
         results = {**self.config, **results, "peak_memory_mib": round(peak), "device": name,
                    "torch": torch.__version__}
         results = {key: None if value != value else value for key, value in results.items()}  # NaN
-        with self.writing("results.json") as tmp:
-            tmp.write_text(as_json(results))
+        write_json(self.dir / "results.json", results)
         say(f"written to {self.dir}")
         say("RESULT", json.dumps(results, default=str))
 
@@ -650,7 +713,7 @@ def only_warns(draw):
     def wrapper(*args, **kwargs):
         try:
             draw(*args, **kwargs)
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             say(f"warning: {draw.__name__} failed, its figure is missing ({error})",
                 file=sys.stderr)
 
@@ -661,12 +724,7 @@ def only_warns(draw):
 @torch.no_grad()
 def save_samples(generator: nn.Module, fixed_z: Tensor, path):
     """Write G(z) for N fixed z (N, latent_dim), images in [0, 1], as a PNG grid, about square."""
-    was_training = generator.training
-    generator.eval()
-    try:
-        images = generator(fixed_z).float().cpu()  # (N, C, H, W)
-    finally:  # out of memory, say: training goes on, and in its own mode
-        generator.train(was_training)
+    images = deepcopy(generator).eval()(fixed_z).float().cpu()  # (N, C, H, W)
     with atomic(path) as tmp:
         save_image(images, tmp, format="png", nrow=round(len(images) ** 0.5))
 
@@ -701,62 +759,61 @@ def plot_curves(rows: list, path):
 
 @only_warns
 def plot_confusion(confusion: Tensor, class_names: list, path):
-    """Confusion matrix (K, K), true class in rows: counts, shaded by their share of the row."""
+    """Confusion matrix (K, K), true class in rows, shaded by the share of the row.
+
+    Up to 40 classes it shows counts; of more it names at most 40.
+    """
     k = len(class_names)
     share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)
-    figure = Figure(figsize=(2 + 0.45 * k, 1.7 + 0.45 * k), layout="constrained")
+    side = 0.45 * min(k, 40)
+    figure = Figure(figsize=(2 + side, 1.7 + side), layout="constrained")
     axes = figure.subplots()
     axes.imshow(share.numpy(), cmap="Blues", vmin=0, vmax=1)
-    for i in range(k):
-        for j in range(k):
-            axes.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=8,
-                      color="white" if share[i, j] > 0.5 else "black")
-    axes.set_xticks(range(k), class_names, rotation=90 if k > 5 else 0)
-    axes.set_yticks(range(k), class_names)
+    for i, j in np.ndindex(k, k) if k <= 40 else ():
+        axes.text(j, i, int(confusion[i, j]), ha="center", va="center", fontsize=8,
+                  color="white" if share[i, j] > 0.5 else "black")
+    named = range(0, k, -(-k // 40))
+    axes.set_xticks(named, class_names[::named.step], rotation=90 if k > 5 else 0)
+    axes.set_yticks(named, class_names[::named.step])
     accuracy = 100 * confusion.trace().item() / max(1, confusion.sum().item())
     axes.set(xlabel="predicted", ylabel="true", title=f"{accuracy:.2f}% correct")
     save_figure(figure, path)
 
 
 @only_warns
-def plot_predictions(labels: Tensor, predicted: Tensor, class_names: list, load_images, path):
-    """60 images under their predicted classes: up to 30 errors, framed in red, and correct ones.
+def plot_test(scores: dict, labels: Tensor, class_names: list, load_images, folder):
+    """Draw confusion.png and predictions.png of test images into a folder.
 
-    labels, predicted: (N,) int64 on the CPU. load_images: a function that returns the images
-    (M, C, S, S) in [0, 1] of a list of M indices.
+    The latter shows up to 30 errors, named in red, and correct ones.
+    Args: what evaluate() returns; labels (N,) int64 of as many images or more; K names; a function
+    that returns the images (M, C, S, S) in [0, 1] of a list of M indices.
     """
-    chosen, room = [], 30
+    plot_confusion(scores["confusion"], class_names, Path(folder, "confusion.png"))
+    predicted = scores["predicted"]
+    labels, chosen = labels[:len(predicted)].cpu(), []
     for indices in ((predicted != labels).nonzero(), (predicted == labels).nonzero()):
-        evenly = torch.linspace(0, len(indices) - 1, min(room, len(indices))).long()
-        chosen += indices.flatten()[evenly].tolist()
-        room = 60 - len(chosen)
+        room = min(60 - len(chosen) if chosen else 30, len(indices))
+        chosen += indices.flatten()[torch.linspace(0, len(indices) - 1, room).long()].tolist()
+    wrong = [n for n, i in enumerate(chosen) if predicted[i] != labels[i]]
     captions = [class_names[predicted[i]]
                 + (f", not {class_names[labels[i]]}" if predicted[i] != labels[i] else "")
                 for i in chosen]
-    wrong = [bool(predicted[i] != labels[i]) for i in chosen]
-    plot_images(load_images(chosen), captions, path, "test errors, and correct ones", wrong)
+    plot_images(load_images(chosen), captions, Path(folder, "predictions.png"),
+                "test errors, and correct ones", wrong)
 
 
 @only_warns
-def plot_images(images: Tensor, captions: list, path, title="", framed=()):
-    """Images (N, C, S, S) in [0, 1] under N captions, ten in a row; some may be framed in red.
-
-    All stand in one system of axes: one for each image takes several times as long to draw.
-    """
-    columns, row_height = 10, 1.25  # a row is an image of height 0.9 and its caption
-    rows = max(1, -(-len(captions) // columns))
-    figure = Figure(figsize=(1.1 * columns, 1.1 * row_height * rows + 0.3), layout="constrained")
+def plot_images(images: Tensor, captions: list, path, title: str, red=()):
+    """Images (N, C, S, S) in [0, 1], ten in a row, under N captions; red: indices of red ones."""
+    side = images.shape[-1]
+    gap = side // 4 + 1  # has room for a caption
+    grid = make_grid(images.float().cpu().clamp(0, 1), nrow=10, padding=gap, pad_value=1)
+    figure = Figure(figsize=(11, 0.5 + 11 * grid.shape[1] / grid.shape[2]), layout="constrained")
     axes = figure.subplots()
-    framed = [*framed, *[False] * (len(captions) - len(framed))]
-    for n, (x, caption, frame) in enumerate(zip(images.cpu(), captions, framed)):
-        left, top = n % columns + 0.05, n // columns * row_height + 0.3
-        axes.imshow(x.permute(1, 2, 0).clamp(0, 1).float().squeeze(-1).numpy(), cmap="gray",
-                    vmin=0, vmax=1, extent=(left, left + 0.9, top + 0.9, top))
-        color = "red" if frame else "black"
-        axes.text(left + 0.45, top - 0.07, caption, fontsize=7, color=color, ha="center")
-        if frame:
-            axes.add_patch(Rectangle((left, top), 0.9, 0.9, fill=False, color=color, linewidth=3))
+    axes.imshow(grid.permute(1, 2, 0).numpy())
+    for n, caption in enumerate(captions):
+        x, y = n % 10 * (side + gap) + gap + side / 2, n // 10 * (side + gap) + 0.8 * gap
+        axes.text(x, y, caption, fontsize=7, color="red" if n in red else "black", ha="center")
     axes.axis("off")
-    axes.set(xlim=(0, columns), ylim=(rows * row_height, 0))
     axes.set_title(title, fontsize=10)
     save_figure(figure, path)

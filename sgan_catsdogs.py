@@ -20,7 +20,6 @@ What it scores, and how it differs from the cats and dogs article: .github/RESUL
 
 import argparse
 import atexit
-import json
 import os
 import shlex
 import shutil
@@ -29,7 +28,7 @@ import sys
 import time
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import combinations, islice
+from itertools import combinations, islice, zip_longest
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -44,10 +43,10 @@ from torchvision.models.resnet import BasicBlock, ResNet, ResNet18_Weights
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, classes_of,
-                    dali_loader, die, evaluate, fake_loss, fool_loss, labeled_loss, listing, number,
-                    pick_device, plot_confusion, plot_images, plot_predictions, real_logit,
-                    same_bytes, save_samples, say, unlabeled_loss, write_json)
+from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, die,
+                    digest, evaluate, fake_loss, fool_loss, labeled_loss, number, pick_device,
+                    plot_images, plot_test, real_logit, run_script, same_bytes, save_samples, say,
+                    unlabeled_loss, write_json)
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 LATENT_DIM = 100
@@ -60,13 +59,18 @@ TEACHER_SHARE = 0.5  # at most this fraction of an unlabeled batch is labeled, i
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
 CACHE_BYTES = 2 << 30  # on a CPU, photos stay decoded in memory up to this size
 CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
+FOLDERS = ["labeled_dir", "unlabeled_dir", "val_dir", "test_dir"]  # flags
+DEMO = {"labeled_dir": "data/demo/labeled", "unlabeled_dir": "data/demo/train",
+        "val_dir": "data/demo/val", "test_dir": "data/demo/test",
+        "image_size": 32, "epochs": 16, "batch_size": 32}  # its defaults
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], usage="%(prog)s [flags]",
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+                                     allow_abbrev=False)
     run = parser.add_argument_group("run")
     run.add_argument("--seed", type=number(int, minimum=0, below=2**63), default=0,
                      help="seed of initialisation, batches and augmentation")
@@ -76,7 +80,8 @@ def parse_args():
     run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
     run.add_argument("--demo", action="store_true",
                      help="draw 2,000 small cartoon pets, and train on them for a few minutes")
-    run.add_argument("--resume", metavar="RUN", help="folder of an unfinished run to go on with")
+    run.add_argument("--resume", metavar="RUN",
+                     help="folder of an unfinished run, to go on with its own flags")
     run.add_argument("--predict", metavar="FOLDER", help="folder of images to label, no training")
     run.add_argument("--checkpoint", metavar="FILE", help="final.pt or best.pt, for --predict")
     data = parser.add_argument_group("data")
@@ -95,9 +100,7 @@ def parse_args():
     train.add_argument("--batch-size", type=number(int, minimum=2), default=64,
                        help="unlabeled images per step, at least 2 for batch norm")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="Adam learning rate of the classifier")
-    train.add_argument("--lr-generator", type=number(float, above=0), default=1e-3,
-                       help="Adam learning rate of the generator")
+                       help="Adam learning rate of both networks; falls to 0 over the second half")
     train.add_argument("--pretrained", action="store_true",
                        help="begin with ImageNet weights, fetched at first use; from 128 px on")
     train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
@@ -114,40 +117,21 @@ def parse_args():
                        help="strength of augmentation in training, from 0, none, to 1")
     train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.996,
                        help="decay of the averaged classifier, which is scored; 0: no average")
-    train.add_argument("--statistics", choices=["unlabeled", "all"], default="unlabeled",
-                       help="images that update the running batch-norm statistics")
-    train.add_argument("--constant-lr", action="store_true",
-                       help="do not let the learning rates fall to 0 over the second half")
     prepare = parser.add_argument_group("making the four folders, without training")
     prepare.add_argument("--prepare", metavar="SOURCE",
                          help="draw the four folders from Kaggle's train/ or from PetImages/")
     prepare.add_argument("--download", action="store_true",
                          help="fetch Microsoft's archive (0.8 GB) to data/PetImages, unless it is "
                               "there, and prepare that")
-    prepare.add_argument("--labels-per-class", type=number(int, minimum=1), default=50,
-                         help="labeled images to draw of each class")
-    prepare.add_argument("--split-seed", type=number(int, minimum=0, below=2**63), default=0,
-                         help="seed of the draw of labeled images")
-    args, checkpoint = parser.parse_args(), None
-    if args.demo:  # its own defaults
-        parser.set_defaults(labeled_dir="data/demo/labeled", unlabeled_dir="data/demo/train",
-                            val_dir="data/demo/val", test_dir="data/demo/test",
-                            image_size=32, epochs=16, batch_size=32)
-        args = parser.parse_args()
-    if args.resume:  # the run's own flags become the defaults; any given must agree with them
-        last = Path(args.resume, "last.pt")
-        if not last.exists():
-            if Path(args.resume, "final.pt").exists():
-                die(f"--resume {args.resume}: that run is finished")
-            if Path(args.resume, "args.json").exists():
-                die(f"--resume {args.resume}: that run ended before it saved anything; start anew")
-        checkpoint = load_checkpoint(last, "--resume", ["args", "step"])
-        parser.set_defaults(**checkpoint["args"])
-        args = parser.parse_args()
-        for name, value in vars(args).items():
-            if value != parser.get_default(name) and name != "resume":
-                die(f"--resume {args.resume}: that run has --{name.replace('_', '-')} "
-                    f"{parser.get_default(name)}, not {value}; leave the flag out")
+    prepare.add_argument("--labels-per-class", type=number(int, minimum=1),
+                         default=argparse.SUPPRESS,
+                         help="labeled images to draw of each class (default: 50)")
+    prepare.add_argument("--split-seed", type=number(int, minimum=0, below=2**63),
+                         default=argparse.SUPPRESS,
+                         help="seed of the draw of labeled images (default: 0)")
+    if "--demo" in sys.argv:
+        parser.set_defaults(**DEMO)
+    args = parser.parse_args()
     if args.image_size % 32:
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.pretrained and args.image_size < 128:
@@ -156,77 +140,57 @@ def parse_args():
         die("--demo, --predict and --prepare or --download exclude each other: give one of them")
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
-    return args, checkpoint
+    if {"labels_per_class", "split_seed"} & vars(args).keys() and not (args.prepare
+                                                                      or args.download):
+        die("--labels-per-class and --split-seed draw labeled images, so they need --prepare or "
+            "--download; training takes the images in --labeled-dir")
+    return args
 
 
 # ============================================== data ==============================================
 
 
-def read_folders(args, device, rank, world):
+def read_folders(args, device, world):
     """The labeled, unlabeled, validation and test photos of four folders, checked before training.
 
-    Returns these four Photos, the K class names, and three dictionaries for the user:
-        unusable: {file: reason}
-        leaks: {validation or test file: a training file of the same bytes}
-        conflicts: {labeled file: one of the same bytes that is labeled otherwise}
+    Returns these four Photos, the K class names, {unusable file: reason}, and duplicates: pairs of
+    files that are equal byte for byte though they should not be, and what that means.
     Exits with status 2, naming the flag, on bad input.
     """
-    dali_loader([], None, 1, args.image_size, device)  # exits at once if DALI is not installed
-    lab_files, lab_labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
-    val_files, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
-    test_files, test_labels, _, bad_test = check_labeled(args.test_dir, "--test-dir", class_names)
-    unl_files, bad_unl = [], {}
+    labeled, labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
+    val, val_labels, _, bad_val = check_labeled(args.val_dir, "--val-dir", class_names)
+    test, test_labels, _, bad_test = check_labeled(args.test_dir, "--test-dir", class_names)
+    unlabeled, bad_unlabeled = [], {}
     if not args.supervised_only:
-        unl_files, bad_unl = check_images(args.unlabeled_dir, "--unlabeled-dir")
-        if len(unl_files) < args.batch_size:
-            die(f"--unlabeled-dir {args.unlabeled_dir} holds {len(unl_files)} images, fewer than "
-                f"one batch: add some, or set --batch-size to {len(unl_files)} or less")
-        enough = round(len(class_names) / TEACHER_SHARE)  # one image a class by the last step
-        if args.consistency_weight and args.batch_size < enough * world:
-            die(f"--batch-size {args.batch_size} is too small: the consistency loss on "
-                f"{len(class_names)} classes needs {enough * world} or more, unless "
-                "--consistency-weight is 0")
-        if args.batch_size % world:
-            die(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
-    if min(LABELED_BATCH, len(lab_files)) < world:
-        die(f"a step has only {min(LABELED_BATCH, len(lab_files))} labeled images, fewer than the "
-            f"{world} processes: start fewer processes")
-    leaks = same_bytes(val_files + test_files, lab_files + unl_files)
-    label_of = dict(zip(lab_files + val_files + test_files, lab_labels + val_labels + test_labels))
-    conflicts = same_bytes(label_of, label_of,
-                           is_pair=lambda path, other: label_of[path] != label_of[other])
-    if rank == 0:
-        say(f"{device}: {len(lab_files)} labeled images, {len(unl_files)} unlabeled, "
-            f"{len(val_files)} validation, {len(test_files)} test")
-        say_classes(f"--labeled-dir {args.labeled_dir}", lab_labels, class_names)
-        say_classes(f"--val-dir {args.val_dir}", val_labels, class_names)
-        say_classes(f"--test-dir {args.test_dir}", test_labels, class_names)
-        folders = {"--labeled-dir": args.labeled_dir, "--unlabeled-dir": args.unlabeled_dir,
-                   "--val-dir": args.val_dir, "--test-dir": args.test_dir}
-        for one, other in combinations(folders, 2):
-            if os.path.realpath(folders[one]) == os.path.realpath(folders[other]):
-                say(f"warning: {one} and {other} are the same folder, {folders[one]}")
+        unlabeled, bad_unlabeled = check_images(args.unlabeled_dir, "--unlabeled-dir")
+    check_batches(args, len(labeled), len(unlabeled), len(class_names), world)
+    say(f"{device}: {len(labeled)} labeled images, {len(unlabeled)} unlabeled, {len(val)} "
+        f"validation, {len(test)} test")
+    for one, other in combinations(FOLDERS, 2):
+        if os.path.realpath(vars(args)[one]) == os.path.realpath(vars(args)[other]):
+            say(f"warning: {one} and {other} are the same folder, {vars(args)[one]}")
+
+    duplicates, held_out, training = [], {*val, *test}, {*labeled, *unlabeled}
+    label_of = dict(zip(labeled + val + test, labels + val_labels + test_labels))
+    for group in same_bytes(labeled + unlabeled + val + test):
+        trained = [path for path in group if path in training]
+        duplicates += [(path, trained[0], "held out, but a training image, too")
+                       for path in group if path in held_out and trained]
+        first_of = {label_of[path]: path for path in group[::-1] if path in label_of}
+        duplicates += [(path, other, "labeled otherwise") for path in group if path in label_of
+                       for label, other in first_of.items() if label != label_of[path]]
+
     # how many bytes of unlabeled photos, and of validation photos, this process keeps decoded
+    room = CACHE_BYTES // world
+    if device.type == "cuda":  # each process has a GPU of its own
+        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     if args.dry_run:
         room = 0  # decoding all is not worth it for two steps
-    elif device.type == "cuda":  # each process has a GPU of its own
-        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    else:
-        room = CACHE_BYTES // world
-    photos = [Photos(lab_files, lab_labels, args.image_size, device, cache_bytes=inf),
-              Photos(unl_files, None, args.image_size, device, cache_bytes=room),
-              Photos(val_files, val_labels, args.image_size, device, cache_bytes=room),
-              Photos(test_files, test_labels, args.image_size, device)]
-    return photos, class_names, ({**bad_val, **bad_test, **bad_unl}, leaks, conflicts)
-
-
-def say_classes(folder, labels, class_names):
-    """Print how many images of each class a folder holds, and warn of classes that it lacks."""
-    counts = [labels.count(k) for k in range(len(class_names))]
-    say(f"{folder}: {', '.join(f'{n} {name}' for n, name in zip(counts, class_names))}")
-    lacking = [name for n, name in zip(counts, class_names) if n == 0]
-    if lacking:
-        say(f"warning: {folder} has no image of {', '.join(lacking)}")
+    photos = [Photos(labeled, labels, args.image_size, device, cache_bytes=inf),
+              Photos(unlabeled, None, args.image_size, device, cache_bytes=room),
+              Photos(val, val_labels, args.image_size, device, cache_bytes=room),
+              Photos(test, test_labels, args.image_size, device)]
+    return photos, class_names, {**bad_val, **bad_test, **bad_unlabeled}, duplicates
 
 
 def augment(x, strength):
@@ -340,151 +304,18 @@ class Classifier(nn.Module):
         return logits, features, r
 
 
-def imagenet_weights():
-    """torchvision's weights of a ResNet18 without its last layer, from its cache or fetched."""
-    try:
-        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # torch raises many kinds without a network or for a damaged file
-        die(f"--pretrained could not fetch or read the weights ({type(error).__name__}: {error})")
-    return {name: weight for name, weight in weights.items() if not name.startswith("fc.")}
+# ============================================ the method ==========================================
 
 
 @contextmanager
-def frozen_statistics(classifier, frozen=True):
-    """Within it, if frozen, forward passes do not change the running batch-norm statistics."""
+def frozen_statistics(classifier):
+    """Within it, forward passes do not change the running batch-norm statistics."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 0.0 if frozen else 0.1
+        norm.momentum = 0.0
     yield
     for norm in norms:
         norm.momentum = 0.1
-
-
-# ====================== several processes, and runs that are ended and go on ======================
-
-
-def start_processes(device_name):
-    """(rank, number of processes) under torchrun, one GPU for each on CUDA; otherwise (0, 1)."""
-    if "RANK" not in os.environ:
-        return 0, 1
-    if device_name != "cpu" and torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA tensors
-    atexit.register(dist.destroy_process_group)
-    return dist.get_rank(), dist.get_world_size()
-
-
-def average_gradients(network):
-    """Replace each gradient by its mean over all processes; of no effect in one process."""
-    if dist.is_initialized():
-        gradients = [p.grad for p in network.parameters() if p.grad is not None]
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
-            gradient.copy_(total.view_as(gradient) / dist.get_world_size())
-
-
-def stop_signals():
-    """A list that Ctrl-C (SIGINT) or SIGTERM makes non-empty; a second one ends the process."""
-    received, signals = [], (signal.SIGINT, signal.SIGTERM)
-
-    def note(signum, frame):
-        os.write(2, b"\nstopping after this step; a second signal ends at once, unsaved\n")
-        received.append(signum)
-        for other in signals:
-            signal.signal(other, signal.SIG_DFL)
-
-    for signum in signals:
-        signal.signal(signum, note)
-    return received
-
-
-def load_checkpoint(path, flag, keys):
-    """A saved file, on the CPU. One that is missing, damaged or lacks a key is refused."""
-    if Path(path).is_dir():
-        die(f"{flag}: {path} is a folder: name a file in it, such as {Path(path, 'final.pt')}")
-    if not Path(path).is_file():
-        die(f"{flag}: there is no file {path}")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        die(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})")
-    missing = [key for key in keys if not (isinstance(state, dict) and key in state)]
-    if missing:
-        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(missing)}")
-    return state
-
-
-def load_state(part, state, flag, path):
-    """Give a network or an optimiser its state from a checkpoint; another network's is refused."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError):  # of networks, of optimisers
-        die(f"{flag}: {path} was written by a script with other networks; use that one")
-
-
-def files_of(photos):
-    """Path and size of each image, by which a run that goes on knows its images again."""
-    return [f"{path}, {path.stat().st_size} bytes" for folder in photos for path in folder.files]
-
-
-def random_states():
-    """The state of torch's random numbers, of the CPU and of this process's GPU."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"rng_state": torch.get_rng_state(), "cuda_rng_state": cuda}
-
-
-def restore(checkpoint, parts, files, folder):
-    """Put networks, optimisers and random numbers where last.pt left them.
-
-    Refused if the folders hold other images than those that the run began with.
-    """
-    if checkpoint["files"] != files:
-        die(f"--resume {folder}: the folders do not hold the images that run began with; was it "
-            "started in another working directory?")
-    for name, part in parts.items():
-        load_state(part, checkpoint[name], "--resume", Path(folder, "last.pt"))
-    torch.set_rng_state(checkpoint["rng_state"])
-    if checkpoint["cuda_rng_state"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(checkpoint["cuda_rng_state"])
-
-
-def recorded_split_seed(folder, num_images: int):
-    """The seed that draw_folders recorded beside a folder, or None.
-
-    A record of another number of images than the folder holds does not count.
-    """
-    try:
-        record = json.loads(Path(f"{Path(folder)}.json").read_text())  # without a final slash
-        return int(record["split_seed"]) if len(record["files"]) == num_images else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def open_run(args, method, num_labeled, split_seed, rows, attention):
-    """The run's folder, with the lists of photos that need attention; says how to go on with it."""
-    config = {name: value for name, value in vars(args).items() if name != "resume"}
-    split = "" if split_seed is None else f"__split{split_seed}"
-    run = Run(args.out_dir, f"{SCRIPT}__{method}__n{num_labeled}__px{args.image_size}{split}"
-              f"__seed{args.seed}", config, args.resume, rows)
-    unusable, leaks, conflicts = attention
-    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used and are left out")
-    run.warn("leaks.csv", ("held out", "training"), leaks,
-             "validation or test images are training images too")
-    run.warn("conflicts.csv", ("file", "labeled otherwise"), conflicts,
-             "labeled images are labeled otherwise elsewhere")
-    say(f"{method}: if this run ends early, go on with `{resume_command(run)}`")
-    return run
-
-
-def resume_command(run):
-    """What a user types to go on with a run; for several machines torchrun needs more flags."""
-    processes = os.environ.get("LOCAL_WORLD_SIZE")  # set by torchrun
-    launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
-    return f"{launcher} {SCRIPT}.py --resume {shlex.quote(str(run.dir))}"
-
-
-# ============================================ training ============================================
 
 
 def surest_of_each_class(logits, per_class):
@@ -510,102 +341,92 @@ def turn(x):
 
 
 def main():
-    args, checkpoint = parse_args()
-    if args.download or args.prepare:
-        return prepare(args)
-    if args.predict:
-        return predict(args)
+    args, checkpoint = parse_args(), None
+    if args.prepare or args.download or args.predict:
+        if dist.is_torchelastic_launched():
+            die("torchrun is for training alone: start this with python")
+        return (predict if args.predict else prepare)(args)
+    if args.resume:
+        args, checkpoint = flags_of_the_run(args)
     rank, world = start_processes(args.device)  # 0, 1 without torchrun
-    if args.demo and rank == 0:
-        draw_demo()
-    if args.demo and world > 1:
-        dist.barrier()  # the others wait for the pets
+    if args.demo:
+        draw_demo(rank, world)
     started, device = time.perf_counter(), pick_device(args.device)
     torch.manual_seed(args.seed)
-    pretrained = imagenet_weights() if args.pretrained and not args.resume else None
-    photos, class_names, attention = read_folders(args, device, rank, world)
+    photos, class_names, unusable, duplicates = read_folders(args, device, world)
     labeled, unlabeled, val, test = photos
-    files = files_of(photos)
-    unusable, leaks, _ = attention
     x_labeled, y_labeled = labeled.images, labeled.labels  # (n, 3, S, S) uint8, (n,)
     num_classes, num_labeled = len(class_names), len(x_labeled)
     method = "supervised" if args.supervised_only else "sgan"
 
+    def held_out(photos):  # batches for evaluation, in order, each image once
+        return islice(photos.batches(args.batch_size), 2 if args.dry_run else None)
+
+    # ---- networks, their optimizers, and the average of the classifier ----
     classifier = Classifier(num_classes, args.image_size, args.real_logit, args.pretrained)
-    if pretrained:
-        classifier.resnet.load_state_dict(pretrained)
+    if args.pretrained and not args.resume:
+        classifier.resnet.load_state_dict(imagenet_weights())
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
+    averaged = [[values for values in network.state_dict().values() if values.is_floating_point()]
+                for network in (classifier_ema, classifier)]  # batch-norm statistics, too
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
-    opt_g = torch.optim.Adam(generator.parameters(), args.lr_generator, betas=(0.5, 0.999),
-                             fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
     for_predict = {"class_names": class_names, "image_size": args.image_size,
                    "real_logit": args.real_logit, "pretrained": args.pretrained,
                    "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
 
-    # ---- the run's folder, and where a run that goes on was left ----
-    parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
-             "opt_d": opt_d, "opt_g": opt_g}
-    state = {"step": 0, "best_val": -1.0, "gan_strength": MIN_STRENGTH, "seconds": 0.0,
-             "rows": []}
-    if args.resume:
-        state = checkpoint
-        restore(checkpoint, parts, files, args.resume)
-    step, best_val = state["step"], state["best_val"]
-    gan_strength = state["gan_strength"]  # of the augmentation of the GAN's photos and fakes
-    started -= state["seconds"]
-    split_seed = recorded_split_seed(args.labeled_dir, num_labeled)
-    if rank == 0:
-        run = open_run(args, method, num_labeled, split_seed, state["rows"], attention)
-
-    def held_out(photos):  # batches for evaluation, in order, each image once
-        return islice(photos.batches(args.batch_size), 2 if args.dry_run else None)
-
+    # ---- the number of steps, and the images of this process in each ----
     epochs = args.epochs
     steps_per_epoch = 100 if args.supervised_only else len(unlabeled.files) // args.batch_size
     if args.dry_run:
         epochs, steps_per_epoch = 1, min(2, steps_per_epoch)
     total_steps = epochs * steps_per_epoch
-    labeled_batch = min(LABELED_BATCH, num_labeled) // world  # images of this process in a step
+    labeled_batch = min(LABELED_BATCH, num_labeled) // world
     unlabeled_batch = args.batch_size // world
-    # 2 where the GAN is off: batch norm needs two
+    # With the GAN off a step still makes 2 fakes, the fewest that batch norm accepts.
     fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE) if args.gan_weight else 2
-    if rank:  # from here on each process has random numbers of its own
-        torch.manual_seed(args.seed + rank + step)
-    signals = stop_signals() if world == 1 else []
 
-    def save_state():  # all that --resume needs; then ends the run if a signal came
-        run.save("last.pt", {"args": run.config, "files": files, "step": step,
-                             "best_val": best_val, "gan_strength": gan_strength, "rows": run.rows,
-                             "seconds": time.perf_counter() - started, **random_states(),
-                             **{name: part.state_dict() for name, part in parts.items()}})
-        if signals and step < total_steps:
-            raise SystemExit(f"stopped after step {step} of {total_steps}; go on with "
-                             f"`{resume_command(run)}`")
+    # ---- the run's folder, and where a run that goes on was left ----
+    state = checkpoint or {"step": 0, "best_val": -1.0, "gan_strength": MIN_STRENGTH,
+                           "seconds": 0.0, "rows": []}
+    # gan_strength: of the augmentation of the GAN's photos and fakes
+    step, best_val, gan_strength = state["step"], state["best_val"], state["gan_strength"]
+    started -= state["seconds"]
+    parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
+             "opt_d": opt_d, "opt_g": opt_g}
+    files = files_of(args, photos)
+    if checkpoint:
+        restore(checkpoint, parts, files, args)
+    if rank == 0:
+        run = open_run(args, f"{method}__n{num_labeled}", state["rows"], unusable, duplicates)
+        save_state(run, started, parts, step=step, best_val=best_val, gan_strength=gan_strength,
+                   files=files)
+    else:  # from here on each process has random numbers of its own
+        torch.manual_seed(args.seed + rank + step)
 
     means = EpochMeans()
     for epoch in range(step // steps_per_epoch + 1, epochs + 1):
-        first = step % steps_per_epoch  # 0, unless the run was ended within this epoch
         order = np.random.default_rng([args.seed, epoch]).permutation(len(unlabeled.files))
-        order = order[first * args.batch_size:steps_per_epoch * args.batch_size][rank::world]
+        order = order[:steps_per_epoch * args.batch_size][rank::world]
         batches = unlabeled.batches(unlabeled_batch, order)
         epoch_started = time.perf_counter()
-        for _ in tqdm(range(first, steps_per_epoch), f"epoch {epoch}/{epochs}",
+        for _ in tqdm(range(steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
-            # falls in the second half
-            lr_factor = 1 if args.constant_lr else min(1, 2 * (1 - step / total_steps))
-            for opt, lr in ((opt_d, args.lr), (opt_g, args.lr_generator)):
-                opt.param_groups[0]["lr"] = lr * lr_factor
+            lr_factor = min(1, 2 * (1 - step / total_steps))  # falls in the second half
+            for opt in (opt_d, opt_g):
+                opt.param_groups[0]["lr"] = args.lr * lr_factor
             step += 1
             chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
 
             if args.supervised_only:
+                x_lab = augment(x_lab, args.augmentation)
                 with autocast:
-                    logits_lab, _, _ = classifier(augment(x_lab, args.augmentation))  # (n, K)
+                    logits_lab, _, _ = classifier(x_lab)  # (n, K)
                 loss_lab = labeled_loss(logits_lab, y_lab)
                 opt_d.zero_grad()
                 loss_lab.backward()
@@ -636,16 +457,15 @@ def main():
                 # Four passes, as batch norm would mix them: labeled and picked photos; fakes;
                 # turned photos; all unlabeled photos. Only the last one updates the running
                 # statistics: fakes and turned photos are not evaluated, labeled ones are few.
-                frozen = args.statistics == "unlabeled"
                 classifier.requires_grad_(True)
-                # labeled and picked photos, strongly augmented: (n + picked, 3, S, S)
-                x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
+                x_taught = torch.cat([x_lab, x_unl[picked]])  # (n + picked, 3, S, S)
+                x_taught = augment(x_taught, args.augmentation)
                 x_gan = augment(x_unl, strength)  # (N, 3, S, S)
-                # every other photo; where that loss is off, any two
+                # every other photo; with that loss off, the two that batch norm needs
                 upright = x_gan[::2] if args.rotation_weight else x_gan[:2]
                 x_turned, quarters = turn(upright)  # (N/2, 3, S, S), (N/2,)
                 with autocast:
-                    with frozen_statistics(classifier, frozen):
+                    with frozen_statistics(classifier):
                         logits_taught, _, _ = classifier(x_taught)  # (n + picked, K)
                         _, _, r_fake = classifier(x_fake.detach())  # (M,)
                         _, feat_turned, _ = classifier(x_turned)  # (N/2, 512)
@@ -655,8 +475,7 @@ def main():
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E log p(turn | turned x), as in the discriminator of Chen et al. 2019
-                # (arXiv:1811.11212, section 3), whose generator has such a loss too
+                # -E log p(turn | turned x), Chen et al. 2019 (arXiv:1811.11212, section 3)
                 loss_turn = labeled_loss(logits_turned, quarters)
                 # -E [x is picked] log p(teacher's label | augmented x)
                 loss_con = F.cross_entropy(logits_picked.float(), y_teacher[picked],
@@ -668,9 +487,8 @@ def main():
                 loss_d.backward()
                 average_gradients(classifier)
                 opt_d.step()
-                # A discriminator that knows its photos by heart teaches nothing more. So the surer
-                # D is of photos, the more these are augmented, and fakes with them (adaptive
-                # augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
+                # The surer D is of photos, the more these are augmented, and fakes with them
+                # (adaptive augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
                 p_real = r_unl.detach().sigmoid().mean()
                 if args.gan_weight:  # otherwise D is not trained
                     gan_strength += 0.01 * (p_real.item() - D_TARGET)
@@ -678,7 +496,7 @@ def main():
 
                 # ---- generator, through the updated classifier; feat_unl is from before ----
                 classifier.requires_grad_(False)
-                with autocast, frozen_statistics(classifier, frozen):
+                with autocast, frozen_statistics(classifier):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 512), (M,)
                 # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
                 loss_fm = (feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)
@@ -699,66 +517,205 @@ def main():
                                  "monitor/p_real_unl": p_real,
                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
-            # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
+            # ---- EMA of the classifier, with a short memory at first ----
             decay = min(args.ema_decay, (1 + step) / (10 + step))
-            for ema, now in zip(classifier_ema.state_dict().values(),
-                                classifier.state_dict().values()):
-                if ema.is_floating_point():
-                    ema.lerp_(now, 1 - decay)
-                else:  # the number of batches that batch norm has seen
-                    ema.copy_(now)
-            if signals and step % steps_per_epoch:
-                means.take()  # ends the run if a loss is not finite, before that is saved
-                save_state()
+            torch._foreach_lerp_(*averaged, 1 - decay)
 
         # ---- once an epoch: means of the losses, validation, samples, checkpoint ----
         epoch_means = means.take()  # waits for the device
         if rank:  # the first process evaluates and writes; the others wait in their next step
             continue
-        images_seen = (steps_per_epoch - first) * (labeled_batch * world if args.supervised_only
-                                                   else args.batch_size)
-        images_per_s = images_seen / (time.perf_counter() - epoch_started)
+        images = labeled_batch * world if args.supervised_only else args.batch_size  # a step
+        images_per_s = steps_per_epoch * images / (time.perf_counter() - epoch_started)
         with autocast:
             scores = evaluate(classifier, held_out(val), num_classes)
             scores_ema = evaluate(classifier_ema, held_out(val), num_classes)
             if not args.supervised_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, model, result in (("raw", classifier, scores),
-                                       ("ema", classifier_ema, scores_ema)):
-            if result["accuracy"] > best_val:
-                best_val = result["accuracy"]
-                run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
-                                     "epoch": epoch, "val_accuracy": best_val, **for_predict})
+        best_val = run.save_best(best_val, (classifier, scores), (classifier_ema, scores_ema),
+                                 epoch=epoch, **for_predict)
         run.log_epoch({"step": step, "epoch": epoch,
                        "seconds": round(time.perf_counter() - started, 1), **epoch_means,
-                       "val_loss": scores["loss"], "val_accuracy": scores["accuracy"],
-                       "val_loss_ema": scores_ema["loss"],
-                       "val_accuracy_ema": scores_ema["accuracy"],
-                       "images_per_s": round(images_per_s, 1)})
-        save_state()
+                       "images_per_s": round(images_per_s, 1)}, scores, scores_ema)
+        save_state(run, started, parts, step=step, best_val=best_val, gan_strength=gan_strength,
+                   files=files)
 
     if rank:
         return
 
     # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
-                          "epoch": epochs, "generator": generator.state_dict(),
-                          **for_predict})
-    best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
+                          "epoch": epochs, "generator": generator.state_dict(), **for_predict})
+    best = torch.load(run.dir / "best.pt", weights_only=True)
     classifier.load_state_dict(best["classifier"])
     with autocast:
         scores = evaluate(classifier_ema, held_out(test), num_classes)
         scores_best = evaluate(classifier, held_out(test), num_classes)
-    run.finish(device, script=SCRIPT, method=method, num_labeled=num_labeled,
-               split_seed=split_seed, steps=total_steps, seconds=run.rows[-1]["seconds"],
-               val_accuracy=run.rows[-1]["val_accuracy_ema"], test_accuracy=scores["accuracy"],
-               test_accuracy_best_val=scores_best["accuracy"], left_out=len(unusable),
-               leaks=len(leaks))
-    plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
-    predicted = scores["predicted"]
-    plot_predictions(test.labels[:len(predicted)].cpu(), predicted, class_names,
-                     lambda chosen: next(test.batches(60, chosen))[0], run.dir / "predictions.png")
+    run.finish(device, script=SCRIPT, method=method, num_labeled=num_labeled, steps=total_steps,
+               seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
+               test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"],
+               left_out=len(unusable), duplicates=len(duplicates))
+    plot_test(scores, test.labels, class_names, lambda chosen: next(test.batches(60, chosen))[0],
+              run.dir)
     (run.dir / "last.pt").unlink()  # there is nothing left to resume
+
+
+# ---------------- what follows is no training: who copies the script may cut it here --------------
+
+
+def check_batches(args, num_labeled, num_unlabeled, num_classes, world):
+    """Refuse a batch size that the photos or the processes do not allow."""
+    if min(LABELED_BATCH, num_labeled) < world:
+        die(f"a step has only {min(LABELED_BATCH, num_labeled)} labeled images, fewer than the "
+            f"{world} processes: start fewer processes")
+    if args.supervised_only:
+        return
+    if num_unlabeled < args.batch_size:
+        die(f"--unlabeled-dir {args.unlabeled_dir} holds {num_unlabeled} images, fewer than one "
+            f"batch: add some, or set --batch-size to {num_unlabeled} or less")
+    at_least = world * round(num_classes / TEACHER_SHARE)  # one image a class by the last step
+    if args.consistency_weight and args.batch_size < at_least:
+        die(f"--batch-size {args.batch_size} is too small: the consistency loss on {num_classes} "
+            f"classes needs {at_least} or more, unless --consistency-weight is 0")
+    if args.batch_size % world:
+        die(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
+
+
+def imagenet_weights():
+    """torchvision's weights of a ResNet18 without its last layer, from its cache or fetched."""
+    try:
+        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
+    except Exception as error:  # torch raises many kinds without a network or for a damaged file
+        die(f"--pretrained could not fetch or read the weights ({type(error).__name__}: {error})")
+    return {name: weight for name, weight in weights.items() if not name.startswith("fc.")}
+
+
+# ==================================== processes and checkpoints ===================================
+
+
+def start_processes(device_name):
+    """(rank, number of processes) under torchrun, one GPU for each on CUDA; otherwise (0, 1)."""
+    if not dist.is_torchelastic_launched():  # clusters set RANK without it
+        return 0, 1
+    if device_name != "cpu" and torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA tensors
+    atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def average_gradients(network):
+    """Replace each gradient by its mean over all processes; of no effect in one process."""
+    if dist.is_initialized():
+        gradients = [p.grad for p in network.parameters() if p.grad is not None]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients])):
+            gradient.copy_(total.view_as(gradient) / dist.get_world_size())
+
+
+def open_run(args, name, rows, unusable, duplicates):
+    """The run's folder, with lists of files that need attention. Says how to go on with it, and
+    does so again when Ctrl-C (SIGINT) or SIGTERM ends the process."""
+    config = {key: value for key, value in vars(args).items() if key != "resume"}
+    config |= {key: os.path.abspath(config[key]) for key in FOLDERS}  # --resume works anywhere
+    run = Run(args.out_dir, f"{SCRIPT}__{name}__px{args.image_size}__seed{args.seed}", config,
+              args.resume, rows)
+    run.warn("left_out.csv", ("file", "why"), unusable.items(),
+             "files cannot be used and are left out")
+    run.warn("duplicates.csv", ("file", "other file", "what that means"), duplicates,
+             "pairs of files are equal that should differ")
+    processes = os.environ.get("LOCAL_WORLD_SIZE") if dist.is_initialized() else None
+    # for several machines torchrun needs more flags
+    launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    script, folder = (shlex.quote(os.path.abspath(path)) for path in (__file__, run.dir))
+    how = f"go on with `{launcher} {script} --resume {folder}`"
+
+    def stop(signum, frame):
+        say(f"\nstopped: {how}", file=sys.stderr)
+        raise SystemExit(128 + signum)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    say(f"if this run ends early, {how}")
+    return run
+
+
+def flags_of_the_run(args):
+    """With --resume: the flags of that run, and its checkpoint last.pt.
+
+    Of the flags given beside it only folders count, which may have moved; others are refused.
+    """
+    folder = Path(args.resume)
+    folder = folder.parent if folder.name == "last.pt" else folder
+    given = {word.split("=")[0] for word in sys.argv[1:] if word.startswith("--")}
+    moved = {name for name in FOLDERS if f"--{name.replace('_', '-')}" in given}
+    if len(given) > 1 + len(moved):
+        die(f"--resume {args.resume} takes the run's own flags: leave out all others but those of "
+            "folders that moved")
+    if not (folder / "last.pt").exists() and (folder / "final.pt").exists():
+        die(f"--resume {args.resume}: that run is finished")
+    checkpoint = load_checkpoint(folder / "last.pt", "--resume", ["args", "step"])
+    flags = {**vars(args), **checkpoint["args"], **{name: vars(args)[name] for name in moved}}
+    return argparse.Namespace(**{**flags, "resume": folder}), checkpoint
+
+
+def load_checkpoint(path, flag, keys):
+    """A saved file, on the CPU. One that is missing, damaged or lacks a key is refused."""
+    if Path(path).is_dir():
+        die(f"{flag}: {path} is a folder: name a file in it, such as {Path(path, 'final.pt')}")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        die(f"{flag}: {path} cannot be read ({error.strerror})")
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        die(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})")
+    missing = [key for key in keys if not (isinstance(state, dict) and key in state)]
+    if missing:
+        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(missing)}")
+    return state
+
+
+def load_state(part, state, flag, path):
+    """Give a network or an optimiser its state from a checkpoint; another network's is refused."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError):  # of networks, of optimisers
+        die(f"{flag}: {path} was written by a script with other networks; use that one")
+
+
+def save_state(run, started, parts, **state):
+    """Write last.pt: all that --resume needs."""
+    run.save("last.pt", {"args": run.config, "rows": run.rows, "rng_state": torch.get_rng_state(),
+                         "seconds": time.perf_counter() - started, **state,
+                         **{name: part.state_dict() for name, part in parts.items()}})
+
+
+def files_of(args, photos):
+    """{folder's flag: its files}, by which a run that goes on knows its images again.
+
+    A file is its path below the folder and its content; of unlabeled ones the size is enough.
+    """
+    return {name: [f"{path.relative_to(vars(args)[name])}, "
+                   + (f"{path.stat().st_size} bytes" if name == "unlabeled_dir" else digest(path))
+                   for path in folder.files] for name, folder in zip(FOLDERS, photos)}
+
+
+def restore(checkpoint, parts, files, args):
+    """Put networks, optimisers and random numbers where last.pt left them.
+
+    Refused if a folder holds other images than those that the run began with.
+    """
+    for name in FOLDERS:
+        for then, now in zip_longest(checkpoint["files"][name], files[name]):
+            if then != now:
+                die(f"--resume {args.resume}: --{name.replace('_', '-')} {vars(args)[name]} does "
+                    f"not hold the images that the run began with: {then or now} differs; if the "
+                    "folder has moved, name the new one by that flag")
+    for name, part in parts.items():
+        load_state(part, checkpoint[name], "--resume", Path(args.resume, "last.pt"))
+    torch.set_rng_state(checkpoint["rng_state"])
+    torch.cuda.manual_seed(args.seed + checkpoint["step"])  # of no effect without a GPU
 
 
 # ======================================= labels for new photos ====================================
@@ -769,7 +726,7 @@ def predict(args):
     """Label all images of a folder with a trained classifier, the least certain first.
 
     Writes predictions.csv (file, class, its probability and, if D was trained, D(x) under
-    looks_like_training) and contact_sheet.png, the least and most certain images of each class.
+    looks_like_training) and contact_sheet.png, the 30 least and most certain images.
     """
     device = pick_device(args.device)
     model = load_checkpoint(args.checkpoint, "--checkpoint",
@@ -779,10 +736,10 @@ def predict(args):
                             model["pretrained"])
     load_state(classifier, model["classifier"], "--checkpoint", args.checkpoint)
     classifier = classifier.to(device).eval()
-    dali_loader([], None, 1, model["image_size"], device)  # exits if DALI is not installed
     files, unusable = check_images(args.predict, "--predict")
     run = Run(args.out_dir, "predict", vars(args))
-    run.warn("left_out.csv", ("file", "why"), unusable, "files cannot be used and are left out")
+    run.warn("left_out.csv", ("file", "why"), unusable.items(),
+             "files cannot be used and are left out")
 
     photos, p, p_real = Photos(files, None, model["image_size"], device), [], []
     with bf16_autocast(device):
@@ -801,13 +758,10 @@ def predict(args):
             row["looks_like_training"] = f"{p_real[i]:.4f}"
     run.table("predictions.csv", rows)
 
-    few, shown = max(1, min(10, 100 // len(class_names))), []
-    for k in range(len(class_names)):
-        of_class = [i for i in order if predicted[i] == k]
-        shown += of_class if len(of_class) < 2 * few else of_class[:few] + of_class[-few:]
-    x, _ = next(photos.batches(len(shown), shown))
-    plot_images(x, [f"{class_names[predicted[i]]} {certainty[i]:.1%}" for i in shown],
-                run.dir / "contact_sheet.png", "least and most certain images of each class")
+    shown = order if len(order) <= 60 else order[:30] + order[-30:]
+    plot_images(next(photos.batches(len(shown), shown))[0],
+                [f"{class_names[predicted[i]]} {certainty[i]:.1%}" for i in shown],
+                run.dir / "contact_sheet.png", "the least certain images, and the most certain")
     counts = predicted.bincount(minlength=len(class_names)).tolist()
     say(", ".join(f"{n} {name}" for n, name in zip(counts, class_names))
         + f": {run.dir / 'predictions.csv'}")
@@ -820,9 +774,10 @@ def prepare(args):
     """Draw the four folders from one folder of labeled photos, which --download fetches first.
 
     Each class gives --labels-per-class labeled images. Validation and test get about 1000 each,
-    equally many of each class. The rest is unlabeled.
+    equally many of each class, but at most a fifth of a class. The rest is unlabeled, under names
+    that tell no class. All are links. `<labeled folder>.json` records the seed and what was drawn.
     """
-    source = Path(args.prepare or "data/PetImages")
+    source, seed = Path(args.prepare or "data/PetImages"), vars(args).get("split_seed", 0)
     targets = [Path(d) for d in (args.labeled_dir, args.val_dir, args.test_dir, args.unlabeled_dir)]
     if len({os.path.abspath(target) for target in targets}) < 4:
         die("--labeled-dir, --val-dir, --test-dir and --unlabeled-dir must be four folders")
@@ -839,69 +794,49 @@ def prepare(args):
         except Exception as error:  # zipfile raises many kinds for a damaged archive
             die(f"--download could not fetch and unpack {ARCHIVE} in {source.parent} ({error}): "
                 "try again")
-    images, unusable = check_images(source, "--prepare")
-    classes = [name.lower() for name in classes_of(images, source, "--prepare", at_least=2)]
+    images, labels, names, unusable = check_labeled(source, "--prepare", strict=False)
     if unusable:
-        say(f"{len(unusable)} files cannot be used and are left out" + listing(unusable),
-            file=sys.stderr)
-    class_names = sorted(set(classes))
-    say_classes(f"--prepare {source}", [class_names.index(name) for name in classes], class_names)
-    per_class = max(1, 1000 // len(class_names))
-    draw_folders(images, classes, targets, [args.labels_per_class, per_class, per_class],
-                 args.split_seed)
+        path, why = next(iter(unusable.items()))
+        say(f"{len(unusable)} files cannot be used and are left out, such as {path}: {why}")
 
-
-def draw_folders(images, classes, targets, sizes, seed: int):
-    """Draw image files into new folders, as links, or as copies where links are impossible.
-
-    Args:
-        images, classes: N paths and the class name of each.
-        targets: the folders to make. The last one is for unlabeled images, under neutral names; the
-            others get a subfolder for each class.
-        sizes: how many images of each class go to each target but the last, which gets the rest.
-    Each folder appears whole or not at all. `<first target>.json` beside the first target records
-    the seed and the images drawn. Exits with status 2 if a class has too few images.
-    """
-    rng, source = np.random.default_rng(seed), os.path.commonpath(images)
-    drawn = {target: [] for target in targets}
-    for name in sorted(set(classes)):
-        members = [path for path, its_class in zip(images, classes) if its_class == name]
-        if len(members) <= sum(sizes):
-            die(f"class {name} has {len(members)} images in {source}: more than {sum(sizes)} are "
-                "needed to draw labeled, validation and test images and leave some unlabeled")
-        members = np.array([members[i] for i in rng.permutation(len(members))])
+    rng, drawn = np.random.default_rng(seed), {target: [] for target in targets}
+    for k, name in enumerate(names):
+        members = np.array([path for path, label in zip(images, labels) if label == k])
+        labeled = vars(args).get("labels_per_class", 50)
+        held_out = min(max(1, 1000 // len(names)), len(members) // 5)
+        if labeled + 2 * held_out >= len(members):
+            die(f"class {name} has {len(members)} images: {labeled} labeled, {held_out} validation "
+                f"and {held_out} test images leave none unlabeled; give fewer --labels-per-class")
+        members = members[rng.permutation(len(members))]
+        sizes = [labeled, held_out, held_out]
         for target, chosen in zip(targets, np.split(members, np.cumsum(sizes))):
-            drawn[target] += [(name, path) for path in chosen]
-    rng.shuffle(drawn[targets[-1]])
-    for target in targets:
-        tmp = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(tmp, ignore_errors=True)
-        for n, (name, path) in enumerate(drawn[target]):
-            unlabeled = target == targets[-1]
-            copy = tmp / f"{n:05d}{path.suffix}" if unlabeled else tmp / name / path.name
-            if os.path.lexists(copy):  # another subfolder has a photo of the same name
-                copy = copy.with_name(f"{n:05d}-{path.name}")
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                copy.symlink_to(path.resolve())
-            except OSError:
-                shutil.copyfile(path, copy)
-        tmp.rename(target)
-        say(f"{target}: {len(drawn[target])} images")
+            drawn[target] += [(name.lower(), path) for path in chosen]
+    rng.shuffle(drawn[targets[3]])
+    for target, files in drawn.items():
+        draft = target.with_name(f".{target.name}.tmp")  # the folder appears whole
+        shutil.rmtree(draft, ignore_errors=True)
+        for n, (name, path) in enumerate(files if target == targets[3] else sorted(files)):
+            link = Path(draft, "" if target == targets[3] else name, f"{n:05d}{path.suffix}")
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+        draft.rename(target)
+        say(f"{target}: {len(files)} images")
     files = sorted(os.path.relpath(path, source) for _, path in drawn[targets[0]])
     write_json(f"{targets[0]}.json", {"split_seed": seed, "source": source, "files": files})
 
 
-def draw_demo():
-    """Draw the cartoon pets of --demo, if they are not there yet."""
+def draw_demo(rank, world):
+    """Draw the cartoon pets of --demo, if they are not there yet; one process does, others wait."""
     try:
         from tests.cartoons import draw_dataset
     except ModuleNotFoundError:
         die("--demo needs the repository's folder tests/ beside this script")
-    if not Path("data/demo").exists():
+    if rank == 0 and not Path("data/demo").exists():
         say("drawing 2,000 cartoon cats and dogs ...")
         draw_dataset(Path("data/demo"))
+    if world > 1:
+        dist.barrier()
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

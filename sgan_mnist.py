@@ -38,11 +38,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torchvision.datasets import MNIST
+from torchvision.datasets.mnist import read_image_file, read_label_file
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
-                    labeled_loss, number, pick_device, plot_confusion, plot_predictions,
-                    real_logit, save_samples, say, unlabeled_loss)
+                    labeled_loss, number, pick_device, plot_test, real_logit, run_script,
+                    save_samples, say, unlabeled_loss)
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 NUM_CLASSES = 10
@@ -100,17 +101,22 @@ def parse_args():
 
 def load_images(data_dir, train):
     """MNIST from its IDX files, fetched if missing: (N, 1, 28, 28) uint8, (N,) int64 labels."""
-    try:
-        data = MNIST(data_dir, train=train, download=True)
-    except Exception as error:  # torchvision raises many kinds for a damaged file
-        die(f"MNIST could not be read from or fetched to --data-dir {data_dir} "
-            f"({type(error).__name__}: {error})")
-    x, y = data.data, data.targets
+    raw, part, tensors = Path(data_dir, "MNIST", "raw"), "train" if train else "t10k", []
+    for path, read in ((raw / f"{part}-images-idx3-ubyte", read_image_file),
+                       (raw / f"{part}-labels-idx1-ubyte", read_label_file)):
+        try:
+            if not path.exists():
+                MNIST(data_dir, download=True)
+            tensors.append(read(path))
+        except Exception as error:  # torchvision raises many kinds for a damaged file
+            die(f"{path}, below --data-dir, could not be fetched or read ({error!r}): if it is "
+                "there, delete it, and the next run fetches it")
+    x, y = tensors
     if x.shape[1:] != (28, 28) or len(x) != len(y) or len(x) == 0:
-        die(f"{data.raw_folder} must hold N images of 28 x 28 and N labels, but it holds images "
+        die(f"{raw} must hold N images of 28 x 28 and N labels, but it holds images "
             f"{tuple(x.shape)} and {len(y)} labels")
     if y.max() >= NUM_CLASSES:
-        die(f"{data.raw_folder} holds the label {y.max()}, but those of MNIST are 0 to 9")
+        die(f"{raw} holds the label {y.max()}, but those of MNIST are 0 to 9")
     return x[:, None], y
 
 
@@ -276,11 +282,9 @@ def update_average(average, network, decay, step):
     Its memory is about a ninth of the steps so far, until `decay` is reached.
     """
     decay = min(decay, (1 + step) / (10 + step))
-    for ema, now in zip(average.state_dict().values(), network.state_dict().values()):
-        if ema.is_floating_point():
-            ema.lerp_(now, 1 - decay)
-        else:  # the number of batches that batch norm has seen
-            ema.copy_(now)
+    states = [[values for values in each.state_dict().values() if values.is_floating_point()]
+              for each in (average, network)]
+    torch._foreach_lerp_(*states, 1 - decay)
 
 
 def main():
@@ -451,8 +455,9 @@ def main():
                 x, y = x_lab[:n_student], y_lab[:n_student]  # (n, 1, 28, 28), (n,)
                 if teach:
                     x = torch.cat([x, x_unl])  # (n + N, 1, 28, 28)
+                x = augment(x, args.augmentation)
                 with autocast:
-                    logits, _ = student(augment(x, args.augmentation))
+                    logits, _ = student(x)
                 loss_s = labeled_loss(logits[:n_student], y)  # -E log p(y | augmented x)
                 if teach:  # -E log p(teacher's label | augmented x)
                     loss_s = loss_s + labeled_loss(logits[n_student:], y_teacher)
@@ -474,17 +479,10 @@ def main():
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
             if args.good_generator:
                 save_samples(good_ema, fixed_pairs, run.dir / "samples" / f"good_{epoch:03d}.png")
-        for weights, model, result in (("raw", scored, scores), ("ema", scored_ema, scores_ema)):
-            if not result["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
-                best_val = result["accuracy"]
-                run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
-                                     "epoch": epoch, "val_accuracy": best_val})
+        best_val = run.save_best(best_val, (scored, scores), (scored_ema, scores_ema), epoch=epoch)
         run.log_epoch({"step": step, "epoch": epoch,
                        "seconds": round(time.perf_counter() - started, 1), **epoch_means,
-                       "val_loss": scores["loss"], "val_accuracy": scores["accuracy"],
-                       "val_loss_ema": scores_ema["loss"],
-                       "val_accuracy_ema": scores_ema["accuracy"],
-                       "images_per_s": round(images_per_s, 1)})
+                       "images_per_s": round(images_per_s, 1)}, scores, scores_ema)
 
     # ============ the end: test images are scored here only, by two sets of weights ============
     good_weights = {"good_generator": good_ema.state_dict()} if args.good_generator else {}
@@ -499,11 +497,8 @@ def main():
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]
-    plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
-    predicted = scores["predicted"]
-    plot_predictions(test[1][:len(predicted)].cpu(), predicted, class_names,
-                     lambda chosen: test[0][chosen] / 255, run.dir / "predictions.png")
+    plot_test(scores, test[1], class_names, lambda chosen: test[0][chosen] / 255, run.dir)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

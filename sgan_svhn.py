@@ -31,8 +31,8 @@ from torchvision.datasets.utils import download_url
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, balanced_split, bf16_autocast, die, evaluate, fake_loss,
-                    fool_loss, labeled_loss, number, pick_device, plot_confusion, plot_predictions,
-                    real_logit, save_samples, say, unlabeled_loss)
+                    fool_loss, labeled_loss, number, pick_device, plot_test, real_logit, run_script,
+                    save_samples, say, unlabeled_loss)
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 NUM_CLASSES = 10
@@ -76,8 +76,6 @@ def parse_args():
     train.add_argument("--generator-loss", choices=["feature-matching", "fool", "complement"],
                        default="feature-matching",
                        help="match mean features, pass for real, or match and spread out")
-    train.add_argument("--real-label-smoothing", type=number(float, minimum=0, maximum=1),
-                       default=0.0, help="1 minus the target of D(x) on unlabeled images")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.3,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
     train.add_argument("--consistency-weight", type=number(float, minimum=0), default=1.0,
@@ -276,6 +274,8 @@ def main():
 
     classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
+    averaged = [[values for values in network.state_dict().values() if values.is_floating_point()]
+                for network in (classifier_ema, classifier)]  # batch-norm statistics, too
     generator = Generator().to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -342,9 +342,7 @@ def main():
                         _, _, r_fake = classifier(x_fake.detach())  # (M,)
                     logits_unl, feat_unl, r_unl = classifier(x_unl)  # (N, K), (N, 128), (N,)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-                # -E log D(x), or smoothed by s (Salimans et al. 2016, section 3.4):
-                # -E [(1 - s) log D(x) + s log(1 - D(x))]
-                loss_unl = unlabeled_loss(r_unl).lerp(fake_loss(r_unl), args.real_label_smoothing)
+                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
                 # -E [x is picked] log p(teacher's label | augmented x), as in FixMatch
                 # (Sohn et al. 2020, arXiv:2001.07685, section 2), whose teacher is no EMA
@@ -381,14 +379,9 @@ def main():
                                  "monitor/p_real_unl": r_unl.sigmoid().mean(),
                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
-            # ---- EMA of the classifier, batch-norm statistics included; short memory at first ----
+            # ---- EMA of the classifier, with a short memory at first ----
             decay = min(args.ema_decay, (1 + step) / (10 + step))
-            for ema, now in zip(classifier_ema.state_dict().values(),
-                                classifier.state_dict().values()):
-                if ema.is_floating_point():
-                    ema.lerp_(now, 1 - decay)
-                else:  # the number of batches that batch norm has seen
-                    ema.copy_(now)
+            torch._foreach_lerp_(*averaged, 1 - decay)
 
         # ---- once an epoch: means of the losses, validation, samples, best weights ----
         epoch_means = means.take()  # waits for the device
@@ -399,18 +392,11 @@ def main():
             scores_ema = evaluate(classifier_ema, held_out(*val), NUM_CLASSES)
             if not labeled_only:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
-        for weights, model, result in (("raw", classifier, scores),
-                                       ("ema", classifier_ema, scores_ema)):
-            if not result["accuracy"] <= best_val:  # better, or NaN: no image left to validate by
-                best_val = result["accuracy"]
-                run.save("best.pt", {"classifier": model.state_dict(), "weights": weights,
-                                     "epoch": epoch, "val_accuracy": best_val})
+        best_val = run.save_best(best_val, (classifier, scores), (classifier_ema, scores_ema),
+                                 epoch=epoch)
         run.log_epoch({"step": step, "epoch": epoch,
                        "seconds": round(time.perf_counter() - started, 1), **epoch_means,
-                       "val_loss": scores["loss"], "val_accuracy": scores["accuracy"],
-                       "val_loss_ema": scores_ema["loss"],
-                       "val_accuracy_ema": scores_ema["accuracy"],
-                       "images_per_s": round(images_per_s, 1)})
+                       "images_per_s": round(images_per_s, 1)}, scores, scores_ema)
 
     # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
@@ -424,11 +410,8 @@ def main():
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"])
     class_names = [str(k) for k in range(NUM_CLASSES)]
-    plot_confusion(scores["confusion"], class_names, run.dir / "confusion.png")
-    predicted = scores["predicted"]
-    plot_predictions(test[1][:len(predicted)].cpu(), predicted, class_names,
-                     lambda chosen: test[0][chosen] / 255, run.dir / "predictions.png")
+    plot_test(scores, test[1], class_names, lambda chosen: test[0][chosen] / 255, run.dir)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

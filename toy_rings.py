@@ -30,8 +30,8 @@ from torch import nn
 from tqdm import tqdm
 
 from common import (EpochMeans, Run, atomic, balanced_split, evaluate, fake_loss, fool_loss,
-                    labeled_loss, number, only_warns, pick_device, real_logit, save_figure, say,
-                    unlabeled_loss)
+                    labeled_loss, number, only_warns, pick_device, real_logit, run_script,
+                    save_figure, say, unlabeled_loss)
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 METHODS = ["supervised", "fool", "feature-matching", "complement", "triple-gan", "ugan"]
@@ -392,4 +392,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -14,13 +14,11 @@ import contextlib
 import csv
 import importlib
 import json
-import random
 import shutil
 import signal
 import struct
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,6 +32,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.optim.optimizer import (register_optimizer_step_post_hook,
                                    register_optimizer_step_pre_hook)
 
+import common
 from common import balanced_split, dali_loader
 from tests.cartoons import write_pets
 from tests.sweep import photo_folders
@@ -145,6 +144,14 @@ def new_classifier(name, num_classes=2):
     return script.Classifier(*arguments)
 
 
+@contextlib.contextmanager
+def forced_bf16(native):
+    """Within it the scripts take this processor for one that multiplies in bfloat16, or not."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "multiplies_in_bf16", lambda device: native)
+        yield
+
+
 # ================================ training seen through torch's hooks =============================
 
 
@@ -196,7 +203,7 @@ def averaged(average, states, decay):
     for n, state in enumerate(states, 1):
         share = min(decay, (1 + n) / (10 + n))
         average = {name: share * average[name].double() + (1 - share) * now.double()
-                   if now.is_floating_point() else now for name, now in state.items()}
+                   for name, now in state.items() if now.is_floating_point()}
     return average
 
 
@@ -461,33 +468,36 @@ def three_epochs(pets):
     return [*PETS, *photo_folders(pets), "--epochs", 3]
 
 
-def kill_three_times(folder, flags):
-    """Train, and kill -9 the process at three moments; go on each time, and return what is left.
+KILLED = """
+import os, signal, sys, common, sgan_catsdogs
+from torch.optim.optimizer import register_optimizer_step_post_hook
+kind, left, replace = sys.argv.pop(1), [int(sys.argv.pop(1))], os.replace
+def count(*args, **kwargs):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+def count_and_replace(*paths):
+    count()
+    replace(*paths)
+if kind == "update":
+    register_optimizer_step_post_hook(count)
+else:
+    os.replace = count_and_replace
+sgan_catsdogs.main()
+"""
 
-    They are: last.pt is being written again; some time after it was; the final weights are there.
+
+def kill_and_resume(folder, flags):
+    """Train, and kill -9 the process at four moments; go on each time, and return what is left.
+
+    They are: an update of the first step, one of the second epoch, the moment before a checkpoint
+    takes the place of the one before, and that before results.json is there.
     """
-    first = []  # the inode of last.pt when a process was first seen to have one
-
-    def file(pattern):
-        return next(folder.glob(f"runs/*/{pattern}"), None)
-
-    def wrote_another():
-        inode = file("last.pt").stat().st_ino
-        first.append(inode)
-        if inode != first[0]:
-            time.sleep(random.Random(0).uniform(0, 1))
-            return True
-
-    for moment in (lambda: file("last.pt") and file(".last.pt.*.tmp"), wrote_another,
-                   lambda: file("final.pt")):
-        process = subprocess.Popen([sys.executable, ROOT / "sgan_catsdogs.py", *map(str, flags)],
-                                   cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-        Runs.processes.append(process)
-        while process.poll() is None and not moment():
-            time.sleep(0.002)
-        process.kill()
-        _, errors = process.communicate()
-        assert process.returncode == -signal.SIGKILL, errors
+    for kind, number in (("update", 1), ("update", 9), ("file", 4), ("file", 9)):
+        command = [sys.executable, "-c", KILLED, kind, number, *flags]
+        process = subprocess.run(list(map(str, command)), cwd=folder, capture_output=True,
+                                 text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+        assert process.returncode == -signal.SIGKILL, process.stderr
         [run] = folder.glob("runs/*")
         flags = ["--resume", run]
     return run
@@ -495,8 +505,7 @@ def kill_three_times(folder, flags):
 
 @pytest.fixture(scope="session")
 def killed_run(three_epochs, tmp_path_factory):
-    return Runs.pool.submit(kill_three_times, tmp_path_factory.mktemp("killed"), three_epochs)
-
+    return Runs.pool.submit(kill_and_resume, tmp_path_factory.mktemp("killed"), three_epochs)
 
 @pytest.fixture(scope="session")
 def rings_runs(tmp_path_factory):

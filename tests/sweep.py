@@ -5,9 +5,9 @@
     python tests/sweep.py --curves curve.png runs/mnist100 runs/mnist20
 
 The first form runs the script with `--seed S --split-seed S` for each S, and reads the test
-accuracies of its RESULT lines, of toy_rings.py that of each method. The second does so with photos,
-whose four folders are drawn for each seed from the ones given, unless data/draws/ has them. The
-third draws, for all runs in each folder, the error of the averaged weights on validation images
+accuracies of its RESULT lines, of toy_rings.py that of each method. The second runs it with
+`--seed S` on four folders, which --prepare draws with `--split-seed S` unless data/draws/ has them.
+The third draws, for all runs in each folder, the error of the averaged weights on validation images
 against the seconds since the start (the rings have no validation).
 """
 
@@ -51,9 +51,9 @@ def sweep(seeds, script, flags, photos=None, labels_per_class=None):
     scores = {}  # what was measured -> a value for each seed: accuracies in percent, seconds
     for seed in seeds:
         line = ""
-        command = [sys.executable, ROOT / script, "--seed", seed, "--split-seed", seed]
-        if photos:
-            command += draw_photos(photos, labels_per_class, seed)
+        command = [sys.executable, ROOT / script, "--seed", seed]
+        command += (draw_photos(photos, labels_per_class, seed) if photos
+                    else ["--split-seed", seed])
         with subprocess.Popen([*command, *flags], stdout=subprocess.PIPE, text=True) as process:
             for line in process.stdout:
                 print(line, end="", flush=True)

@@ -55,14 +55,13 @@ def run(request):
 def test_run_ends_with_its_result(run):
     results, args = run.results, json.loads((run.folder / "args.json").read_text())
     assert results == json.loads((run.folder / "results.json").read_text())
-    own = {"left_out", "leaks"} if run.data == "pets" else set()
+    own = {"left_out", "duplicates"} if run.data == "pets" else {"split_seed"}
     assert set(results) == set(args) | own | {
-        "script", "method", "num_labeled", "split_seed", "steps", "val_accuracy", "test_accuracy",
+        "script", "method", "num_labeled", "steps", "val_accuracy", "test_accuracy",
         "test_accuracy_best_val", "seconds", "peak_memory_mib", "device", "torch"}
-    assert all(results[name] == args[name] for name in set(args) - {"device", "split_seed"})
+    assert all(results[name] == args[name] for name in set(args) - {"device"})
     assert (results["script"], results["method"]) == (run.script, run.method)
     assert results["num_labeled"] == (4 * run.num_classes if run.data == "pets" else 100)
-    assert results["split_seed"] == (None if run.data == "pets" else args["split_seed"])
     assert results["epochs"] == run.epochs
     assert results["steps"] == run.warmup_steps + run.epochs * run.steps_per_epoch
     assert results["device"] == "cpu" and results["torch"] == torch.__version__
@@ -208,7 +207,7 @@ def test_a_copy_needs_common_py_alone_and_goes_by_its_own_name(name, good_flags,
     [folder] = (tmp_path / "runs").iterdir()
     assert folder.name.startswith("mine__")
     if name == "sgan_catsdogs":
-        assert f"`python mine.py --resume {folder}`" in process.stdout
+        assert f"`python {tmp_path / 'mine.py'} --resume {folder}`" in process.stdout
 
 
 def test_all_labels_leave_none_for_validation(good_flags):
@@ -254,11 +253,11 @@ NOT_OF_MNIST = ["--consistency-weight", "--real-logit", "--generator-loss", "--e
 FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--gan-only",
                         "--good-generator"],
          "sgan_svhn": [*COMMON_FLAGS, *NOT_OF_MNIST, "--data-dir", "--num-labeled",
-                       "--warmup-steps", "--real-label-smoothing"],
+                       "--warmup-steps"],
          "sgan_catsdogs": [
              *COMMON_FLAGS, *NOT_OF_MNIST, "--labeled-dir", "--unlabeled-dir", "--val-dir",
-             "--test-dir", "--image-size", "--lr-generator", "--pretrained", "--statistics",
-             "--constant-lr", "--rotation-weight", "--prepare", "--download",
+             "--test-dir", "--image-size", "--pretrained", "--rotation-weight", "--prepare",
+             "--download",
              "--labels-per-class", "--demo", "--resume", "--predict", "--checkpoint"],
          "toy_rings": ["--seed", "--split-seed", "--device", "--out-dir", "--dry-run",
                        "--num-labeled", "--supervised-only", "--epochs"]}
@@ -306,7 +305,7 @@ def test_demo_trains_on_its_drawings_and_other_flags_still_count():
     assert {path: path.read_bytes() for path in Path("data").rglob("*.*")} == before
     assert results["num_labeled"] == 4 and results["image_size"] == 32
     assert (results["batch_size"], results["lr"]) == (10, 2e-3)
-    assert results["unlabeled_dir"] == "data/demo/train"
+    assert results["unlabeled_dir"] == str(Path("data/demo/train").absolute())
 
 
 def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, capsys):
@@ -327,10 +326,12 @@ def test_sweep_draws_photos_for_each_seed(archives):
               archives / "PetImages", "sgan_catsdogs.py", *PETS, "--dry-run")
     [run] = Path("runs").iterdir()
     result = json.loads((run / "results.json").read_text())
-    assert (result["split_seed"], result["seed"], result["num_labeled"]) == (5, 5, 8)
-    assert "split5" in run.name.split("__")
+    assert (result["seed"], result["num_labeled"]) == (5, 8)
     found = sweep.draw_photos("nowhere", "4", "5")  # drawn already
-    assert found[:2] == ["--labeled-dir", Path(result["labeled_dir"])]
+    assert found[:2] == ["--labeled-dir", Path("data/draws/4_of_each__split5/labeled")]
+    assert result["labeled_dir"] == str(found[1].absolute())
+    record = json.loads(Path("data/draws/4_of_each__split5/labeled.json").read_text())
+    assert record["split_seed"] == 5
 
 
 def test_sweep_stops_when_a_run_does(capfd):

@@ -1,10 +1,12 @@
 """sgan_catsdogs.py in two processes by torchrun, with the flags given; each leaves rankN.pt here.
 
-That file holds the unlabeled photos that the process saw at each step, the weights after the last
+The run is killed in its second step, and goes on by --resume. The file holds the unlabeled photos that the process saw at each step, the weights after the last
 step, and the gradients that average_gradients leaves of known ones.
 """
 
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -29,6 +31,8 @@ def look(module, inputs):
 def keep(optimizer, args, kwargs):  # at the end the best weights take the place of the last ones
     for kind, network in networks.items():
         weights[kind] = {name: p.detach().clone() for name, p in network.named_parameters()}
+    if "--resume" not in sys.argv and len(photos) == 2 and os.environ["RANK"] == "0":
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main():
@@ -46,6 +50,9 @@ def main():
 
 if __name__ == "__main__":
     if "RANK" not in os.environ:
-        os.execv(sys.executable, [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                  "--nproc-per-node", "2", __file__, *sys.argv[1:]])
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                    "--nproc-per-node", "2", __file__]
+        subprocess.run([*torchrun, *sys.argv[1:]], stdout=subprocess.DEVNULL)
+        [run] = Path("runs").iterdir()
+        os.execv(sys.executable, [*torchrun, "--resume", str(run)])
     main()
