@@ -162,13 +162,43 @@ def bf16_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device))
 
 
-# =========================================== image files ==========================================
+def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: int, seed: int):
+    """Draw a class-balanced labeled set and a random validation set; the rest stays unlabeled.
+
+    Args: labels (N,) int64 of all training images; the two sizes; the seed of the draw.
+    Returns: index tensors (labeled, validation, unlabeled), disjoint, together all N. If a class
+    is smaller than its share, all of it is labeled and random others fill the gap. Validation is
+    drawn from the rest; num_val does not change what is labeled.
+    Exits with status 2 if num_labeled is no positive multiple of num_classes, if it is more than N,
+    or if a class has no image.
+    """
+    if num_labeled <= 0 or num_labeled % num_classes:
+        die(f"--num-labeled must be a positive multiple of the {num_classes} classes, "
+            f"but it is {num_labeled}")
+    if num_labeled > len(labels):
+        die(f"--num-labeled is {num_labeled}, but there are only {len(labels)} to draw from")
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
+    by_class = [order[labels[order] == k] for k in range(num_classes)]
+    for k, members in enumerate(by_class):
+        if len(members) == 0:
+            die(f"class {k} has no training image, so none can be labeled")
+
+    def all_but(chosen):  # the other indices, in the order drawn
+        return order[~torch.isin(order, chosen)]
+
+    labeled = torch.cat([members[: num_labeled // num_classes] for members in by_class])
+    labeled = torch.cat([labeled, all_but(labeled)[: num_labeled - len(labeled)]])
+    rest = all_but(labeled)
+    return labeled, rest[:num_val], rest[num_val:]
+
+
+# ================================== image files, and the DALI loader ==============================
 # NVIDIA DALI decodes JPEG and PNG of 8 bits, Pillow all other kinds. One file that cannot be
 # decoded would end a run, so every file is decoded once beforehand.
 
-# What systems leave beside photos. Hidden folders are passed over as well.
-OTHER_FOLDERS = {"$recycle.bin", "#recycle", "#snapshot", "@eadir", "@recycle", "@tmp", "__macosx",
-                 "lost+found", "recycler", "system volume information"}
+# Names of folders that are hidden, or that systems leave beside photos.
+PASSED_OVER = (r"\..*|\$recycle\.bin|#recycle|#snapshot|@eadir|@recycle|@tmp|__macosx|lost\+found|"
+               "recycler|system volume information")
 SPLIT_NAME = r"(train|test|val|valid|validation|dev|eval)(ing|ation)?([ _-]?(set|data))?[ _-]?\d*"
 warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency
 
@@ -238,10 +268,9 @@ def why_unusable(path):
 def check_images(folder, flag: str):
     """All image files below a folder -> (usable paths, sorted; {unusable path: reason}).
 
-    Links are followed. Hidden files and OTHER_FOLDERS are passed over. So are files that are images
-    neither by content nor by their ending; a line says how many. Exits with status 2 and the flag's
-    name if the folder is missing, cannot be read or holds no image, or if more than half of its
-    images are unusable.
+    Links are followed. Passed over are hidden files, some folders, and files that are images
+    neither by content nor by ending; a line says how many. Exits with status 2 and the flag's name
+    if the folder is missing, unreadable or without images, or if most of them are unusable.
     """
     def refuse(error):
         die(f"{flag} {folder}: the folder {error.filename} cannot be read ({error.strerror}); make "
@@ -258,7 +287,8 @@ def check_images(folder, flag: str):
             folders.clear()
             continue
         seen.add(os.path.realpath(parent))
-        folders[:] = sorted(name for name in folders if not passed_over(name))
+        folders[:] = sorted(name for name in folders
+                            if not re.fullmatch(PASSED_OVER, name, re.IGNORECASE))
         files += [Path(parent, name) for name in names if not name.startswith(".")]
     files.sort()
     if len(files) > 5000:  # progress is shown on a terminal only
@@ -266,12 +296,13 @@ def check_images(folder, flag: str):
     with ThreadPoolExecutor(min(8, os.cpu_count())) as pool:  # each holds a decoded image
         reasons = list(tqdm(pool.map(why_unusable, files), f"checking {folder}", len(files),
                             disable=None, leave=False))
-    usable = [path for path, reason in zip(files, reasons) if not reason]
-    unusable, others = {}, Counter()  # others: how many of each ending are no images
+    usable, unusable, others = [], {}, Counter()  # others: how many of each ending are no images
     for path, reason in zip(files, reasons):
-        if reason == "not an image" and path.suffix.lower() not in Image.registered_extensions():
+        if not reason:
+            usable.append(path)
+        elif reason == "not an image" and path.suffix.lower() not in Image.registered_extensions():
             others[path.suffix.lower() or "without ending"] += 1
-        elif reason:
+        else:
             unusable[path] = reason
     if others:
         endings = ", ".join(f"{n} {ending}" for ending, n in others.most_common(10))
@@ -282,11 +313,6 @@ def check_images(folder, flag: str):
         die(f"{len(unusable)} of {len(usable) + len(unusable)} images in {flag} {folder} cannot be "
             "used" + listing(unusable))
     return usable, unusable
-
-
-def passed_over(folder_name: str) -> bool:
-    """Whether a folder is hidden, or one of those that systems leave behind."""
-    return folder_name.startswith(".") or folder_name.lower() in OTHER_FOLDERS
 
 
 def listing(unusable: dict) -> str:
@@ -338,7 +364,7 @@ def check_labeled(folder, flag: str, class_names=None, strict=True):
     classes = classes_of(images, folder, flag, at_least=2 if class_names is None else 1)
     if class_names is None:
         empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
-                 and not passed_over(d.name)]
+                 and not re.fullmatch(PASSED_OVER, d.name, re.IGNORECASE)]
         if empty:
             die(f"class {empty[0]} in {flag} {folder} has no image")
         class_names = sorted(set(classes))
@@ -374,21 +400,13 @@ def digest(path) -> str:
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-# ========================================= the DALI loader ========================================
-
-
 def dali_loader(files, labels, batch_size, image_size, device):
     """One pass over image files, in order, with NVIDIA DALI.
 
-    Args:
-        files: N paths. labels: N class indices, or None to get each file's position instead.
-        image_size: each image is resized to this square; its aspect ratio is not kept.
-        device: on CUDA the GPU decodes and resizes; otherwise CPU threads do. What is neither a
-            JPEG nor a PNG of 8 bits is always decoded by the CPU, with Pillow.
-    Returns:
-        an iterator of (images (B, 3, S, S) float32 in [0, 1], labels (B,) int64) on `device`. The
-        last batch may be smaller, and each file comes exactly once. Decoding starts with the call
-        and runs ahead of the training.
+    Args: N paths; N class indices, or None to get each file's position instead; the side S to which
+    images are resized, whatever their shape; the device that resizes, and decodes what DALI can.
+    Returns an iterator of (images (B, 3, S, S) float32 in [0, 1], labels (B,) int64) on `device`.
+    The last batch may be smaller. Decoding starts with the call and runs ahead of the training.
     """
     try:
         from nvidia.dali import fn, pipeline_def, types
@@ -445,9 +463,8 @@ def dali_loader(files, labels, batch_size, image_size, device):
 class Photos:
     """Image files and their labels, given in batches as often as asked.
 
-    Decoded photos stay on the device as uint8 if they take at most cache_bytes; otherwise DALI
-    decodes them anew in each pass. Either way the images are the same up to 1/510.
-
+    Decoded photos stay on the device as uint8 if they take at most cache_bytes; otherwise they are
+    decoded anew in each pass. Either way the images are the same up to 1/510.
     Args: N paths; N class indices, or None to get each photo's index instead; the side S.
     Attributes: labels (N,) int64; images (N, 3, S, S) uint8, or None if they are not kept.
     """
@@ -479,41 +496,7 @@ class Photos:
         return ((self.images[i] / 255, self.labels[i]) for i in parts)
 
 
-# ===================================== the draw of labeled images =================================
-
-
-def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: int, seed: int):
-    """Draw a class-balanced labeled set and a random validation set; the rest stays unlabeled.
-
-    Args: labels (N,) int64 of all training images; the two sizes; the seed of the draw.
-    Returns: index tensors (labeled, validation, unlabeled), disjoint, together all N. If a class
-    is smaller than its share, all of it is labeled and random others fill the gap. The labeled
-    draw does not depend on num_val. Validation is drawn from what the labeled draw leaves, so its
-    class frequencies are those of the data only while few images are labeled.
-    Exits with status 2 if num_labeled is no positive multiple of num_classes, if it is more than N,
-    or if a class has no image.
-    """
-    if num_labeled <= 0 or num_labeled % num_classes:
-        die(f"--num-labeled must be a positive multiple of the {num_classes} classes, "
-            f"but it is {num_labeled}")
-    if num_labeled > len(labels):
-        die(f"--num-labeled is {num_labeled}, but there are only {len(labels)} to draw from")
-    order = torch.from_numpy(np.random.default_rng(seed).permutation(len(labels)))
-    by_class = [order[labels[order] == k] for k in range(num_classes)]
-    for k, members in enumerate(by_class):
-        if len(members) == 0:
-            die(f"class {k} has no training image, so none can be labeled")
-
-    def all_but(chosen):  # the other indices, in the order drawn
-        return order[~torch.isin(order, chosen)]
-
-    labeled = torch.cat([members[: num_labeled // num_classes] for members in by_class])
-    labeled = torch.cat([labeled, all_but(labeled)[: num_labeled - len(labeled)]])
-    rest = all_but(labeled)
-    return labeled, rest[:num_val], rest[num_val:]
-
-
-# =========================================== evaluation ===========================================
+# ===================================== evaluation, record of a run ================================
 
 
 @torch.no_grad()
@@ -521,11 +504,8 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
     """Score a classifier in one pass over (images, labels (B,)) batches; each image counts once.
 
     classifier maps images to (logits (B, K), ...). It is put into eval mode and back.
-    Returns a dictionary:
-        accuracy: in [0, 1]; NaN without images.
-        loss: mean cross-entropy in nats; NaN without images.
-        confusion: (K, K) int64 counts, the true class in rows.
-        predicted: (N,) int64, in the order of the batches.
+    Returns {"accuracy": in [0, 1], "loss": mean cross-entropy in nats, "confusion": (K, K) int64
+    counts with the true class in rows, "predicted": (N,) int64}. Without images two are NaN.
     """
     was_training = classifier.training
     classifier.eval()
@@ -545,9 +525,6 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
     count = confusion.sum().item() or float("nan")
     return {"accuracy": confusion.trace().item() / count, "loss": loss_sum.item() / count,
             "confusion": confusion, "predicted": torch.cat(predicted).cpu()}
-
-
-# ======================================= the record of a run ======================================
 
 
 @contextlib.contextmanager
@@ -580,9 +557,8 @@ def write_json(path, values: dict):
 class Run:
     """The folder of one run, out_dir/name__time: flags, metrics, checkpoints, results.
 
-    name says what is run, e.g. "sgan_mnist__n100__split0__seed0". config holds all flags.
-    resume is the folder of an earlier run that goes on, and rows are its metrics so far.
-    Every file is written whole or not at all.
+    name says what is run, e.g. "sgan_mnist__n100__split0__seed0". config holds all flags. resume is
+    the folder of an earlier run that goes on, and rows are its metrics so far.
     """
 
     def __init__(self, out_dir, name: str, config: dict, resume=None, rows=()):
@@ -595,11 +571,9 @@ class Run:
         stamp = f"{name}__{time.strftime('%Y%m%d-%H%M%S')}"
         for ending in ("", *(f"-{n}" for n in range(1, 100))):  # for runs of the same second
             self.dir = Path(out_dir, stamp + ending)
-            try:
+            with contextlib.suppress(FileExistsError):
                 self.dir.mkdir(parents=True)
                 break
-            except FileExistsError:
-                continue
         write_json(self.dir / "args.json", config)
 
     def table(self, filename: str, rows: list):
@@ -658,8 +632,8 @@ class Run:
     def finish(self, device: torch.device, **results):
         """Write results.json, and print the same object after the word RESULT as the last line.
 
-        It holds all flags, then the results, then peak_memory_mib: GPU memory on CUDA, otherwise
-        the resident memory of this process. A result replaces a flag of the same name.
+        It holds flags, results that replace flags of their name, and peak_memory_mib: GPU memory
+        on CUDA, otherwise the resident memory of this process.
         """
         if device.type == "cuda":
             peak, name = torch.cuda.max_memory_allocated() / 2**20, torch.cuda.get_device_name()
@@ -702,7 +676,6 @@ class EpochMeans:
 
 
 # ============================================= figures ============================================
-
 
 matplotlib.rcParams["text.parse_math"] = False  # a class named $5 is no formula
 

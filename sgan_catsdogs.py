@@ -138,6 +138,8 @@ def parse_args():
         die(f"--pretrained needs the ResNet18, from --image-size 128 on, not {args.image_size}")
     if sum(map(bool, (args.demo, args.predict, args.prepare or args.download))) > 1:
         die("--demo, --predict and --prepare or --download exclude each other: give one of them")
+    if dist.is_torchelastic_launched() and (args.predict or args.prepare or args.download):
+        die("torchrun is for training: start --predict, --prepare and --download with python")
     if bool(args.predict) != bool(args.checkpoint):
         die("--predict FOLDER and --checkpoint FILE are given together, or neither of them")
     if {"labels_per_class", "split_seed"} & vars(args).keys() and not (args.prepare
@@ -343,8 +345,6 @@ def turn(x):
 def main():
     args, checkpoint = parse_args(), None
     if args.prepare or args.download or args.predict:
-        if dist.is_torchelastic_launched():
-            die("torchrun is for training alone: start this with python")
         return (predict if args.predict else prepare)(args)
     if args.resume:
         args, checkpoint = flags_of_the_run(args)
@@ -375,9 +375,6 @@ def main():
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
-    for_predict = {"class_names": class_names, "image_size": args.image_size,
-                   "real_logit": args.real_logit, "pretrained": args.pretrained,
-                   "gan_weight": 0.0 if args.supervised_only else args.gan_weight}
 
     # ---- the number of steps, and the images of this process in each ----
     epochs = args.epochs
@@ -403,6 +400,7 @@ def main():
         restore(checkpoint, parts, files, args)
     if rank == 0:
         run = open_run(args, f"{method}__n{num_labeled}", state["rows"], unusable, duplicates)
+        for_predict = {"class_names": class_names, "flags": run.config}
         save_state(run, started, parts, step=step, best_val=best_val, gan_strength=gan_strength,
                    files=files)
     else:  # from here on each process has random numbers of its own
@@ -416,9 +414,8 @@ def main():
         epoch_started = time.perf_counter()
         for _ in tqdm(range(steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
-            lr_factor = min(1, 2 * (1 - step / total_steps))  # falls in the second half
-            for opt in (opt_d, opt_g):
-                opt.param_groups[0]["lr"] = args.lr * lr_factor
+            for group in opt_d.param_groups + opt_g.param_groups:  # falls in the second half
+                group["lr"] = args.lr * min(1, 2 * (1 - step / total_steps))
             step += 1
             chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
@@ -442,8 +439,7 @@ def main():
                 strength = gan_strength * args.augmentation
                 x_fake = augment(x_fake.float(), strength)  # (M, 3, S, S), for both updates
 
-                # ---- the EMA classifier, as teacher, labels the photos that it is surest of ----
-                # None before TEACHER_START, then more and more, as the teacher gets better.
+                # ---- the EMA classifier, as teacher, labels what it is surest of: ever more ----
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
                 y_teacher = torch.zeros(len(x_unl), dtype=torch.long, device=device)  # (N,)
@@ -454,9 +450,8 @@ def main():
                     y_teacher, picked = surest_of_each_class(logits_teacher, per_class)  # (N,)
 
                 # ---- classifier: labels right, photos real, fakes fake, turns told ----
-                # Four passes, as batch norm would mix them: labeled and picked photos; fakes;
-                # turned photos; all unlabeled photos. Only the last one updates the running
-                # statistics: fakes and turned photos are not evaluated, labeled ones are few.
+                # Each kind of image has its own pass, so that batch norm does not mix them. Only
+                # all unlabeled photos, in the last pass, update its running statistics.
                 classifier.requires_grad_(True)
                 x_taught = torch.cat([x_lab, x_unl[picked]])  # (n + picked, 3, S, S)
                 x_taught = augment(x_taught, args.augmentation)
@@ -662,8 +657,6 @@ def flags_of_the_run(args):
 
 def load_checkpoint(path, flag, keys):
     """A saved file, on the CPU. One that is missing, damaged or lacks a key is refused."""
-    if Path(path).is_dir():
-        die(f"{flag}: {path} is a folder: name a file in it, such as {Path(path, 'final.pt')}")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -729,11 +722,9 @@ def predict(args):
     looks_like_training) and contact_sheet.png, the 30 least and most certain images.
     """
     device = pick_device(args.device)
-    model = load_checkpoint(args.checkpoint, "--checkpoint",
-                            ["class_names", "image_size", "real_logit", "gan_weight", "pretrained"])
-    class_names = model["class_names"]
-    classifier = Classifier(len(class_names), model["image_size"], model["real_logit"],
-                            model["pretrained"])
+    model = load_checkpoint(args.checkpoint, "--checkpoint", ["class_names", "flags"])
+    class_names, flags = model["class_names"], argparse.Namespace(**model["flags"])
+    classifier = Classifier(len(class_names), flags.image_size, flags.real_logit, flags.pretrained)
     load_state(classifier, model["classifier"], "--checkpoint", args.checkpoint)
     classifier = classifier.to(device).eval()
     files, unusable = check_images(args.predict, "--predict")
@@ -741,7 +732,7 @@ def predict(args):
     run.warn("left_out.csv", ("file", "why"), unusable.items(),
              "files cannot be used and are left out")
 
-    photos, p, p_real = Photos(files, None, model["image_size"], device), [], []
+    photos, p, p_real = Photos(files, None, flags.image_size, device), [], []
     with bf16_autocast(device):
         for x, _ in tqdm(photos.batches(args.batch_size), "batches",
                          -(-len(files) // args.batch_size), disable=None):
@@ -751,13 +742,10 @@ def predict(args):
     p_real = torch.cat(p_real)
     certainty, predicted = torch.cat(p).max(dim=1)  # (N,), (N,)
     order = certainty.argsort().tolist()
-    rows = [{"file": files[i], "class": class_names[predicted[i]],
-             "probability": f"{certainty[i]:.4f}"} for i in order]
-    if model["gan_weight"]:
-        for row, i in zip(rows, order):
-            row["looks_like_training"] = f"{p_real[i]:.4f}"
-    run.table("predictions.csv", rows)
-
+    has_gan = flags.gan_weight and not flags.supervised_only
+    run.table("predictions.csv", [
+        {"file": files[i], "class": class_names[predicted[i]], "probability": f"{certainty[i]:.4f}",
+         **({"looks_like_training": f"{p_real[i]:.4f}"} if has_gan else {})} for i in order])
     shown = order if len(order) <= 60 else order[:30] + order[-30:]
     plot_images(next(photos.batches(len(shown), shown))[0],
                 [f"{class_names[predicted[i]]} {certainty[i]:.1%}" for i in shown],
@@ -827,11 +815,11 @@ def prepare(args):
 
 def draw_demo(rank, world):
     """Draw the cartoon pets of --demo, if they are not there yet; one process does, others wait."""
-    try:
-        from tests.cartoons import draw_dataset
-    except ModuleNotFoundError:
-        die("--demo needs the repository's folder tests/ beside this script")
     if rank == 0 and not Path("data/demo").exists():
+        try:
+            from tests.cartoons import draw_dataset
+        except ModuleNotFoundError:
+            die("--demo needs the repository's folder tests/ beside this script")
         say("drawing 2,000 cartoon cats and dogs ...")
         draw_dataset(Path("data/demo"))
     if world > 1:

@@ -52,7 +52,7 @@ LATENT_DIM = 100
 LABELED_BATCH = 100  # labeled images in each step; with fewer labels than that, all of them
 STUDENT_LABELED = 50  # labeled images in each step of the student
 CONFIDENCE = 0.8  # the perceptron learns only those of the teacher's labels that are more probable
-# caps of the decay (1 + step) / (10 + step); the first one is reached at step 90,000
+# EMA decay is the smaller of (1 + step) / (10 + step) and this cap
 PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
 GOOD_LR = 1e-3  # Adam learning rate of the good generator and of the pair discriminator
 MADE_WEIGHT = 0.1  # weight of the perceptron's loss on digits made to order
@@ -268,23 +268,74 @@ class Student(nn.Module):
         return self.head(features), features
 
 
-def at(logits, y):
-    """The logit of label y (N,) in each row of logits (N, K) -> (N,)."""
-    return logits.gather(1, y[:, None])[:, 0]
+# =========================================== the method ===========================================
+
+
+def floats(network):
+    """The tensors that a moving average follows: weights, and batch-norm statistics."""
+    return [values for values in network.state_dict().values() if values.is_floating_point()]
+
+
+def aligned(logits, p_mean):
+    """The teacher's p(y | x), all classes about equally often: logits (N, K) -> (N, K).
+
+    Distribution alignment (Berthelot et al. 2020, arXiv:1911.09785, section 3.1). p_mean (K,), the
+    running mean over the steps of what the logits predict, is updated.
+    """
+    p_mean.lerp_(logits.softmax(dim=1).mean(dim=0), 0.01)
+    return (logits - p_mean.log()).softmax(dim=1)
+
+
+class MadeToOrder:
+    """A good generator, which makes digits of a given class, its adversary, and their updates.
+
+    Logit k of the pair discriminator d says how real the pair of an image and class k is
+    (Triple-GAN, Li et al. 2017, arXiv:1703.02291, section 3).
+    """
+
+    def __init__(self, x_init, device):
+        self.pair_d = Perceptron().to(device)
+        self.good = Generator(LATENT_DIM + NUM_CLASSES).to(device)
+        self.pair_d.standardise(x_init)
+        self.good_ema = deepcopy(self.good).requires_grad_(False).eval()
+        adam = {"lr": GOOD_LR, "betas": (0.5, 0.999), "fused": True}
+        self.opt_d = torch.optim.Adam(self.pair_d.parameters(), **adam)
+        self.opt_g = torch.optim.Adam(self.good.parameters(), **adam)
+
+    def update(self, z, x_lab, y_lab, x_unl, p_teacher, autocast):
+        """Update both networks. z (N, latent_dim), then images, labels and p(y | x) of a step.
+
+        Returns the digits made (N, 1, 28, 28), their classes (N,), d(x_unl) (N, K), the losses.
+        """
+        def at(logits, y):  # the logit of label y (N,) in each row (N, K) -> (N,)
+            return logits.gather(1, y[:, None])[:, 0]
+
+        y_made = torch.arange(len(z), device=z.device) % NUM_CLASSES  # (N,)
+        with autocast:
+            x_made = self.good(torch.cat([z, F.one_hot(y_made, NUM_CLASSES)], dim=1)).float()
+            d, _, _ = self.pair_d(torch.cat([x_lab, x_unl, x_made.detach()]))
+        d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
+        y_teacher = p_teacher.argmax(dim=1)  # (N,)
+        # each -E log p of what is right, real or fake; sigmoid d is p(real)
+        loss_pair = (0.1 * F.softplus(-at(d_lab, y_lab)).mean()  # real: labeled digits
+                     + 0.9 * F.softplus(-at(d_unl, y_teacher)).mean()  # real: unlabeled digits
+                     + 0.5 * F.softplus(at(d_made, y_made)).mean()  # fake: generated
+                     # fake: digits with a label drawn from p(y | x), in expectation
+                     + 0.5 * (p_teacher * F.softplus(d_unl)).sum(dim=1).mean())
+        self.opt_d.zero_grad()
+        loss_pair.backward()
+        self.opt_d.step()
+        with autocast:
+            d_made = self.pair_d(x_made)[0].float()  # (N, K)
+        loss_good = F.softplus(-at(d_made, y_made)).mean()  # -E log sigmoid d_y(G(z, y))
+        self.opt_g.zero_grad()
+        loss_good.backward(inputs=list(self.good.parameters()))
+        self.opt_g.step()
+        losses = {"loss/pair": loss_pair, "loss/good": loss_good}
+        return x_made.detach(), y_made, d_unl.detach(), losses
 
 
 # ============================================ training ============================================
-
-
-def update_average(average, network, decay, step):
-    """Move an average a little towards its network, batch-norm statistics included.
-
-    Its memory is about a ninth of the steps so far, until `decay` is reached.
-    """
-    decay = min(decay, (1 + step) / (10 + step))
-    states = [[values for values in each.state_dict().values() if values.is_floating_point()]
-              for each in (average, network)]
-    torch._foreach_lerp_(*states, 1 - decay)
 
 
 def main():
@@ -309,8 +360,9 @@ def main():
     perceptron.standardise(x_init)
     perceptron_ema = deepcopy(perceptron).requires_grad_(False).eval()
     student_ema = deepcopy(student).requires_grad_(False).eval()
-    scored, scored_ema = ((perceptron, perceptron_ema) if args.gan_only else
-                          (student, student_ema))
+    averages = [(floats(perceptron_ema), floats(perceptron), PERCEPTRON_EMA),
+                (floats(student_ema), floats(student), STUDENT_EMA)]
+    scored, scored_ema = (perceptron, perceptron_ema) if args.gan_only else (student, student_ema)
     # eps: Salimans et al. divide by sqrt(v + 1e-8), torch by sqrt(v) + eps
     gan_adam = {"lr": args.lr, "betas": (0.5, 0.999), "eps": 1e-4, "fused": True}
     opt_d = torch.optim.Adam(perceptron.parameters(), **gan_adam)
@@ -318,13 +370,9 @@ def main():
     opt_s = torch.optim.Adam(student.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.rand(100, LATENT_DIM, device=device)
     if args.good_generator:  # only then, so that other runs keep their random numbers
-        # logit k of the pair discriminator says how real the pair of an image and class k is
-        pair_d, good = Perceptron().to(device), Generator(LATENT_DIM + NUM_CLASSES).to(device)
-        pair_d.standardise(x_init)
-        good_ema = deepcopy(good).requires_grad_(False).eval()
-        good_adam = {"lr": GOOD_LR, "betas": (0.5, 0.999), "fused": True}
-        opt_pair_d = torch.optim.Adam(pair_d.parameters(), **good_adam)
-        opt_good = torch.optim.Adam(good.parameters(), **good_adam)
+        made_to_order = MadeToOrder(x_init, device)
+        good_ema = made_to_order.good_ema
+        averages.append((floats(good_ema), floats(made_to_order.good), GOOD_EMA))
         of_each_class = torch.arange(100, device=device) * NUM_CLASSES // 100  # (100,) a row each
         fixed_pairs = torch.cat([fixed_z, F.one_hot(of_each_class, NUM_CLASSES)], dim=1)
     autocast = bf16_autocast(device)
@@ -367,48 +415,23 @@ def main():
                         logits_teacher = perceptron_ema(x_unl)[0].float()  # (N, K)
                         if not args.gan_only:
                             logits_teacher = (logits_teacher + student_ema(x_unl)[0].float()) / 2
-                    # distribution alignment, Berthelot et al. 2020 (arXiv:1911.09785, section 3.1)
-                    p_mean.lerp_(logits_teacher.softmax(dim=1).mean(dim=0), 0.01)
-                    p_teacher = (logits_teacher - p_mean.log()).softmax(dim=1)  # (N, K)
+                    p_teacher = aligned(logits_teacher, p_mean)  # (N, K)
                     p_max, y_teacher = p_teacher.max(dim=1)  # (N,)
                     picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
-                # ---- good generator and pair discriminator; Li et al. 2017, section 3 ----
+                x_made = x_unl[:0]  # none, unless a good generator makes digits to order
                 if args.good_generator:
-                    y_made = torch.arange(len(z), device=device) % NUM_CLASSES  # (N,) made to order
-                    with autocast:
-                        x_made = good(torch.cat([z, F.one_hot(y_made, NUM_CLASSES)], dim=1)).float()
-                        d, _, _ = pair_d(torch.cat([x_lab, x_unl, x_made.detach()]))
-                    d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
-                    # each -E log p of what is right, real or fake; sigmoid d is p(real)
-                    loss_pair = (0.1 * F.softplus(-at(d_lab, y_lab)).mean()  # real: labeled digits
-                                 + 0.9 * F.softplus(-at(d_unl, y_teacher)).mean()  # real: unlabeled
-                                 + 0.5 * F.softplus(at(d_made, y_made)).mean()  # fake: generated
-                                 # fake: digits with a label drawn from p(y | x), in expectation
-                                 + 0.5 * (p_teacher * F.softplus(d_unl)).sum(dim=1).mean())
-                    opt_pair_d.zero_grad()
-                    loss_pair.backward()
-                    opt_pair_d.step()
-                    with autocast:
-                        d_made = pair_d(x_made)[0].float()  # (N, K)
-                    # -E log sigmoid d_y(G(z, y))
-                    loss_good = F.softplus(-at(d_made, y_made)).mean()
-                    opt_good.zero_grad()
-                    loss_good.backward(inputs=list(good.parameters()))
-                    opt_good.step()
-                    update_average(good_ema, good, GOOD_EMA, step)
-                    losses |= {"loss/pair": loss_pair, "loss/good": loss_good}
+                    x_made, y_made, d_unl, losses = made_to_order.update(
+                        z, x_lab, y_lab, x_unl, p_teacher, autocast)
 
                 # ---- perceptron: labels right, digits real, fakes fake ----
                 # All images pass in one batch, as there is no batch norm to mix them.
-                images = [x_lab, x_unl, x_fake.detach()]
-                if args.good_generator:
-                    images.append(x_made.detach())
+                images = [x_lab, x_unl, x_fake.detach(), x_made]
                 sizes = [len(x) for x in images]
                 with autocast:
                     logits, _, r = perceptron(torch.cat(images))
-                logits_lab, logits_unl, *_ = logits.split(sizes)  # (n, K), (N, K)
-                _, r_unl, r_fake, *_ = r.split(sizes)  # (N,), (N,)
+                logits_lab, logits_unl, _, logits_made = logits.split(sizes)  # (n, K), (N, K), ...
+                _, r_unl, r_fake, _ = r.split(sizes)  # (N,), (N,)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
@@ -422,17 +445,14 @@ def main():
                 if args.good_generator:  # -E log p(y | G(z, y))
                     # 0 in the first quarter of the run, 1 from its half on
                     ramp = min(1, max(0, 4 * step / total_steps - 1))
-                    logits_made = logits.split(sizes)[-1]  # (N, K)
                     loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits_made, y_made)
                     if not args.gan_weight:  # Triple-GAN: -E sum_y p(y | x) log sigmoid d_y(x)
-                        # d_unl: the pair discriminator's, from before its update above
                         p_unl = logits_unl.float().softmax(dim=1)  # (N, K)
-                        loss_pass = (p_unl * F.softplus(-d_unl.detach())).sum(dim=1).mean()
+                        loss_pass = (p_unl * F.softplus(-d_unl)).sum(dim=1).mean()
                         loss_d = loss_d + PASS_WEIGHT * loss_pass
                 opt_d.zero_grad()
                 loss_d.backward()
                 opt_d.step()
-                update_average(perceptron_ema, perceptron, PERCEPTRON_EMA, step)
 
                 # ---- generator, through the updated perceptron, beside other digits ----
                 with autocast:
@@ -464,8 +484,10 @@ def main():
                 opt_s.zero_grad()
                 loss_s.backward()
                 opt_s.step()
-                update_average(student_ema, student, STUDENT_EMA, step)
                 losses["loss/student"] = loss_s
+            # ---- the averages: their memory is about a ninth of the steps so far, up to a cap ----
+            for average, network, cap in averages:
+                torch._foreach_lerp_(average, network, 1 - min(cap, (1 + step) / (10 + step)))
             means.add(step, losses)
 
         # ---- once an epoch: means of the losses, validation, samples, best weights ----

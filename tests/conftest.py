@@ -152,6 +152,12 @@ def forced_bf16(native):
         yield
 
 
+@pytest.fixture(scope="session", params=[False, True], ids=["float32", "bfloat16"])
+def bf16(request):
+    """Twice: for forced_bf16."""
+    return request.param
+
+
 # ================================ training seen through torch's hooks =============================
 
 

@@ -273,8 +273,9 @@ def step_of(run):
 def assert_same_run(run, other):
     """Weights and metrics are equal bit for bit, but for times."""
     for name in ("final.pt", "best.pt"):
-        assert same_bits(torch.load(run / name, weights_only=True),
-                         torch.load(other / name, weights_only=True))
+        one, two = (torch.load(folder / name, weights_only=True) for folder in (run, other))
+        assert one.pop("flags").keys() == two.pop("flags").keys()  # --out-dir is another
+        assert same_bits(one, two)
     assert untimed(read_csv(run / "metrics.csv")) == untimed(read_csv(other / "metrics.csv"))
     results, others = (json.loads((folder / "results.json").read_text()) for folder in (run, other))
     for key in ("test_accuracy", "test_accuracy_best_val", "val_accuracy", "steps"):
@@ -423,7 +424,7 @@ def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path
     state = torch.load(whole / "best.pt", weights_only=True)
     del state["classifier"]["head.bias"]
     torch.save(state, tmp_path / "best.pt")
-    for path, word in ((tmp_path / "missing.pt", "No such file"), (ended, "is a folder"),
+    for path, word in ((tmp_path / "missing.pt", "No such file"), (ended, "directory"),
                        (ended / "args.json", "damaged"), (ended / "last.pt", "another kind"),
                        (tmp_path / "best.pt", "other networks")):
         message = refused("--predict", pets / "test", "--checkpoint", path)
@@ -445,7 +446,7 @@ def test_pretrained_runs_begin_with_the_weights_in_the_cache(pets, tmp_path, mon
     flags = ["--pretrained", "--image-size", 128, "--lr", 1e-12, "--ema-decay", 0]
     run, results = train("sgan_catsdogs", *PETS, *photo_folders(pets), "--dry-run", *flags)
     final = torch.load(run / "final.pt", weights_only=True)
-    assert results["pretrained"] and final["pretrained"]
+    assert results["pretrained"] and final["flags"]["pretrained"]
     for name, weight in weights.items():
         if not name.startswith("fc.") and "running" not in name and "num_batches" not in name:
             torch.testing.assert_close(final["classifier"][f"resnet.{name}"], weight)

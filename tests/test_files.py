@@ -199,7 +199,8 @@ def test_duplicates_are_found_in_time_that_grows_with_the_files(tmp_path):
 def test_confusion_of_many_classes_is_small_and_soon_drawn():
     for count, size in ((40, 2000), (600, 2000)):
         started = time.process_time()
-        common.plot_confusion(torch.eye(count).long(), [f"class {n}" for n in range(count)], "c.png")
+        names = [f"class {n}" for n in range(count)]
+        common.plot_confusion(torch.eye(count).long(), names, "c.png")
         seconds = time.process_time() - started
         with Image.open("c.png") as image:
             assert 1500 < image.width <= size and image.height <= size

@@ -20,14 +20,7 @@ N, LABELED, GAN_WEIGHT = 160, 10, 0.7  # unlabeled images and labeled ones in a 
 NETWORKS = (sgan_mnist.Perceptron, sgan_mnist.Generator, sgan_mnist.Student)
 
 
-@pytest.fixture(scope="module", params=[False, True], ids=["float32", "bfloat16"], autouse=True)
-def bf16(request):
-    """Twice: networks compute in float32, and in bfloat16, whatever the processor does."""
-    with forced_bf16(request.param):
-        yield
-
-
-def watch(*flags, out_dir="runs"):
+def watch(bf16, *flags, out_dir="runs"):
     """A run in this process: events, in order, of each network's passes and updates.
 
     A pass has the network's name, whether it trains, the input, the outputs, and under grad what
@@ -85,7 +78,8 @@ def watch(*flags, out_dir="runs"):
                         for n, net in networks.items()}
         update.state = copied(networks[update.name].state_dict().items())
 
-    with hooked(before_forward, after_forward, before_update, after_update):
+    with (forced_bf16(bf16),
+          hooked(before_forward, after_forward, before_update, after_update)):
         folder, _ = train("sgan_mnist", "--device", "cpu", "--num-labeled", LABELED,
                           "--batch-size", N, "--gan-weight", GAN_WEIGHT, *flags, out_dir=out_dir)
     first = "Student" if "--supervised-only" in flags else "Generator"
@@ -111,14 +105,14 @@ def digits(mnist):
 @pytest.fixture(scope="module")
 def watched(mnist, bf16, tmp_path_factory):
     """Three epochs of two steps; the averages label from the second on; nothing is augmented."""
-    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 3, "--lr", 0.002,
+    return watch(bf16, "--data-dir", mnist, "--augmentation", 0, "--epochs", 3, "--lr", 0.002,
                  out_dir=tmp_path_factory.mktemp("watched") / "runs")
 
 
 @pytest.fixture(scope="module")
 def made(mnist, bf16, tmp_path_factory):
     """The same, with a good generator, and one epoch less: four steps."""
-    return watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 2, "--good-generator",
+    return watch(bf16, "--data-dir", mnist, "--augmentation", 0, "--epochs", 2, "--good-generator",
                  out_dir=tmp_path_factory.mktemp("made") / "runs")
 
 
@@ -187,9 +181,9 @@ def test_the_perceptron_minimises_its_losses(watched, digits):
         torch.testing.assert_close(together.grad, expected, rtol=0.02, atol=1e-5)
 
 
-def test_the_perceptron_learns_what_both_averages_are_sure_of(mnist):
+def test_the_perceptron_learns_what_both_averages_are_sure_of(mnist, bf16):
     """After a while, when they are sure of some digits."""
-    seen, logged = watch("--data-dir", mnist, "--epochs", 12), []
+    seen, logged = watch(bf16, "--data-dir", mnist, "--epochs", 12), []
     for step, p in list(zip(seen.steps, taught(seen)))[-2:]:
         p_max, y = p.max(dim=1)
         log_p = parts(step).together.outputs[0].log_softmax(dim=1)[LABELED:LABELED + N]
@@ -295,9 +289,9 @@ def test_the_perceptron_learns_digits_made_to_order_from_a_quarter_of_the_run_on
                                    rtol=0.02, atol=1e-6)
 
 
-def test_without_the_gan_the_perceptron_wants_its_pairs_to_pass_for_real(mnist, digits):
+def test_without_the_gan_the_perceptron_wants_its_pairs_to_pass_for_real(mnist, digits, bf16):
     """Triple-GAN, before the averages teach it and before the ramp."""
-    seen = watch("--data-dir", mnist, "--augmentation", 0, "--epochs", 8, "--good-generator",
+    seen = watch(bf16, "--data-dir", mnist, "--augmentation", 0, "--epochs", 8, "--good-generator",
                  "--gan-weight", 0)
     for step in seen.steps[:4]:
         together, d = parts(step).together, pairs(step).for_pair_d.outputs[0]
@@ -310,10 +304,10 @@ def test_without_the_gan_the_perceptron_wants_its_pairs_to_pass_for_real(mnist, 
         torch.testing.assert_close(together.grad, expected, rtol=0.02, atol=1e-9)
 
 
-def test_the_final_good_generator_is_the_moving_average_and_its_samples_are_kept(mnist,
-                                                                                  monkeypatch):
+def test_the_final_good_generator_is_the_moving_average_and_its_samples_are_kept(
+        mnist, monkeypatch):
     monkeypatch.setattr(sgan_mnist, "GOOD_EMA", 0.1)  # less than at first in any case
-    seen = watch("--data-dir", mnist, "--good-generator", "--epochs", 2)
+    seen = watch(False, "--data-dir", mnist, "--good-generator", "--epochs", 2)
     states = [e.state for step in seen.steps for e in step if e.update and "good" in e.name]
     average = averaged(seen.networks["good generator"].at_first, states, 0.1)
     for key, values in average.items():
@@ -363,7 +357,7 @@ def test_the_student_learns_true_labels_and_in_the_second_half_those_of_both_ave
 def test_final_weights_are_the_moving_average(flags, name, decay, mnist, monkeypatch):
     monkeypatch.setattr(sgan_mnist, "PERCEPTRON_EMA", 0.1)  # less than at first in any case
     monkeypatch.setattr(sgan_mnist, "STUDENT_EMA", 0.05)
-    seen = watch("--data-dir", mnist, "--epochs", 2, *flags)
+    seen = watch(False, "--data-dir", mnist, "--epochs", 2, *flags)
     assert ("Student" in seen.networks) == (name == "Student")
     states = [e.state for step in seen.steps for e in step if e.update and e.name == name]
     average = averaged(seen.networks[name].at_first, states, decay)
@@ -374,7 +368,7 @@ def test_final_weights_are_the_moving_average(flags, name, decay, mnist, monkeyp
 
 
 def test_the_student_sees_digits_augmented_and_its_teachers_see_them_plain(mnist, digits):
-    seen = watch("--data-dir", mnist, "--dry-run")
+    seen = watch(True, "--data-dir", mnist, "--dry-run")
     for step in seen.steps[2:]:
         [taught_x] = [e.x for e in step if e.name == "Student" and e.training and not e.update]
         plain = parts(step).together.x[:LABELED + N]
@@ -382,8 +376,8 @@ def test_the_student_sees_digits_augmented_and_its_teachers_see_them_plain(mnist
         assert (taught_x - plain).abs().mean() > 0.01
 
 
-def test_the_baseline_trains_the_student_on_labeled_digits_alone(mnist, digits):
-    seen = watch("--data-dir", mnist, "--supervised-only", "--epochs", 1, "--augmentation", 0)
+def test_the_baseline_trains_the_student_on_labeled_digits_alone(mnist, digits, bf16):
+    seen = watch(bf16, "--data-dir", mnist, "--supervised-only", "--epochs", 1, "--augmentation", 0)
     assert len(seen.steps) == 2  # as many as with the GAN
     for one, update in seen.steps:
         assert find(one.x, digits.x).sort().values.tolist() == list(range(LABELED))

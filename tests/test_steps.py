@@ -12,8 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common import balanced_split, bf16_autocast
-from tests.conftest import (CPU, SCRIPTS, averaged, changed, copied, find, forced_bf16, gradients,
+from common import balanced_split
+from tests.conftest import (SCRIPTS, averaged, changed, copied, find, forced_bf16, gradients,
                             hooked, new_classifier, photo_folders, read_csv, read_part,
                             real_gradient, same_bits, train)
 
@@ -43,14 +43,7 @@ def few_steps(svhn, pets):
     return {"sgan_svhn": digits, "sgan_catsdogs": photos}
 
 
-@pytest.fixture(scope="session", params=[False, True], ids=["float32", "bfloat16"])
-def bf16(request):
-    """Twice: networks compute in float32, and in bfloat16, whatever the processor does."""
-    with forced_bf16(request.param):
-        yield
-
-
-def watch(name, flags, out_dir="runs"):
+def watch(name, flags, bf16, out_dir="runs"):
     """A run in this process, seen through torch's global hooks, step by step.
 
     passes: {kind of images: a forward pass of the classifier in training mode}. Those of kind
@@ -110,7 +103,8 @@ def watch(name, flags, out_dir="runs"):
             for n, net in networks.items()}
         steps[-1].state = copied(networks["Classifier"].state_dict().items())
 
-    with hooked(before_forward, after_forward, before_update, after_update):
+    with (forced_bf16(bf16),
+          hooked(before_forward, after_forward, before_update, after_update)):
         folder, results = train(name, *flags, out_dir=out_dir)
     assert len(steps) == results["steps"]
     return SimpleNamespace(name=name, script=script, networks=networks, steps=steps,
@@ -128,8 +122,9 @@ def watched(request, few_steps, bf16, tmp_path_factory):
     flags = ["--augmentation", 0, "--ema-decay", 0.4, "--lr", 0.002]
     flags += ["--warmup-steps", WARM_UP] if request.param == "sgan_svhn" else []
     data = few_steps[request.param]
-    seen = watch(request.param, [*data.flags, *flags], tmp_path_factory.mktemp("watched") / "runs")
-    seen.data = data
+    seen = watch(request.param, [*data.flags, *flags], bf16,
+                 tmp_path_factory.mktemp("watched") / "runs")
+    seen.data, seen.bf16 = data, bf16
     seen.warm_up, seen.gan_steps = ((seen.steps[:WARM_UP], seen.steps[WARM_UP:])
                                     if request.param == "sgan_svhn" else ([], seen.steps))
     return seen
@@ -282,7 +277,8 @@ def test_logged_losses_are_those_of_the_outputs(watched):
         if watched.name == "sgan_catsdogs":
             turned, told = watched.gan_steps[n].passes["turned"], labeled.logits[count:]
             weight, bias = turned.turn_head
-            with bf16_autocast(CPU):  # rounded as in the script, or 1e-4 below could not hold
+            # rounded as in the script, or 1e-4 below could not hold
+            with torch.autocast("cpu", torch.bfloat16, enabled=watched.bf16):
                 turns = F.linear(*(t.float() for t in (turned.features, weight, bias)))
             told_turns = turns.double().log_softmax(dim=1)
             strength = min(1, max(0.5, strength + 0.01 * (values["monitor/p_real_unl"] - 0.7)))
@@ -319,7 +315,7 @@ def test_final_weights_are_the_moving_average(watched):
     ("sgan_catsdogs", "--generator-loss fool --real-logit fake-class"),
     ("sgan_catsdogs", "--generator-loss feature-matching")])
 def test_networks_minimise_what_the_flags_say(name, flags, few_steps, bf16):
-    seen = watch(name, [*few_steps[name].flags, *flags.split(), "--epochs", 1])
+    seen = watch(name, [*few_steps[name].flags, *flags.split(), "--epochs", 1], bf16)
     targets = {"unlabeled": 1.0, "fake": 0.0}  # of D(x)
     loss_g = loss_unl = 0
     for step in seen.steps:
@@ -349,8 +345,8 @@ def test_networks_minimise_what_the_flags_say(name, flags, few_steps, bf16):
 
 
 @pytest.mark.parametrize("name", STEPPED)
-def test_without_the_gan_no_more_fakes_are_made_than_batch_norm_needs(name, few_steps, bf16):
-    seen = watch(name, [*few_steps[name].flags, "--gan-weight", 0, "--dry-run"])
+def test_without_the_gan_no_more_fakes_are_made_than_batch_norm_needs(name, few_steps):
+    seen = watch(name, [*few_steps[name].flags, "--gan-weight", 0, "--dry-run"], True)
     for step in seen.steps:
         assert len(step.passes["fake"].x) == 2
         assert len(step.passes["unlabeled"].x) == {"sgan_svhn": 160, "sgan_catsdogs": 20}[name]
@@ -362,13 +358,13 @@ def test_without_the_gan_the_augmentation_of_photos_does_not_follow_d(few_steps,
     script = importlib.import_module("sgan_catsdogs")
     monkeypatch.setattr(script, "D_TARGET", 0.1)  # below any D here, so a GAN's strength grows
     seen = watch("sgan_catsdogs", [*few_steps["sgan_catsdogs"].flags, "--gan-weight", 0,
-                                   "--dry-run"])
+                                   "--dry-run"], False)
     assert float(seen.row["monitor/strength"]) == pytest.approx(script.MIN_STRENGTH, abs=1e-6)
 
 
 @pytest.mark.parametrize("name", STEPPED)
 def test_without_ema_the_raw_weights_are_scored(name, few_steps):
-    seen = watch(name, [*few_steps[name].flags, "--ema-decay", 0, "--dry-run"])
+    seen = watch(name, [*few_steps[name].flags, "--ema-decay", 0, "--dry-run"], False)
     for key, weights in seen.networks["Classifier"].state_dict().items():
         assert "num_batches" in key or seen.final["classifier"][key].equal(weights)
 

@@ -1,7 +1,8 @@
 """sgan_catsdogs.py in two processes by torchrun, with the flags given; each leaves rankN.pt here.
 
-The run is killed in its second step, and goes on by --resume. The file holds the unlabeled photos that the process saw at each step, the weights after the last
-step, and the gradients that average_gradients leaves of known ones.
+The run is killed in its second step, and goes on by --resume. The file holds the unlabeled photos
+that the process saw at each step, the weights after the last step, and the gradients that
+average_gradients leaves of known ones.
 """
 
 import os
