@@ -15,7 +15,8 @@ average (EMA) labels the photos that it is surest of, which the classifier learn
     python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/final.pt
     torchrun --nproc-per-node 4 sgan_catsdogs.py            # train on four GPUs
 
-What it scores, and how it differs from the cats and dogs article: .github/RESULTS.md.
+What it scores, and how it differs from the cats and dogs article (Petrova 2020, see README):
+.github/RESULTS.md.
 """
 
 import argparse
@@ -244,7 +245,7 @@ def augment(x, strength):
 class Generator(nn.Module):
     """DCGAN: z (N, latent_dim) -> images (N, 3, S, S) in [0, 1], S = image_size = 32 s.
 
-    Radford et al. 2015 (arXiv:1511.06434). The layers are those of the cats and dogs article.
+    Radford et al. 2015 (arXiv:1511.06434). The layers are those of the article.
     """
 
     def __init__(self, image_size):

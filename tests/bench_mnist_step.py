@@ -1,4 +1,4 @@
-"""Images a second of a step of sgan_mnist.py's GAN, and of the Keras article's way of doing it.
+"""Images a second of a step of sgan_mnist.py's GAN, and of the Keras article's way (Vaidya 2020).
 
     python tests/bench_mnist_step.py
 

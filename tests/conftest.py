@@ -437,12 +437,15 @@ def mnist_runs(mnist, mnist_relabeled, tmp_path_factory):
     """"lost" takes one step an epoch, so large that the second loss is not finite."""
     sgan = ["sgan_mnist", *MNIST]
     lost = ["--lr", 1e30, "--batch-size", 500, "--supervised-only"]
+    ten_labels = [*sgan, "--data-dir", mnist, "--num-labeled", 10, "--batch-size", 20, "--epochs",
+                  8]
     return Runs(tmp_path_factory.mktemp("mnist_runs"), {
         "sgan": [*sgan, "--data-dir", mnist],
         "other seed": [*sgan, "--data-dir", mnist, "--seed", 1],
         "relabeled": [*sgan, "--data-dir", mnist_relabeled],
         "supervised": [*sgan, "--data-dir", mnist, "--supervised-only", "--split-seed", 7],
         "lost": [*sgan, "--data-dir", mnist, *lost],
+        "ten labels": ten_labels, "ten labels alone": [*ten_labels, "--supervised-only"],
         "refused": [*sgan, "--data-dir", mnist, "--num-labeled", 15]})
 
 

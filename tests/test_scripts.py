@@ -4,27 +4,23 @@ First a smoke run of each script and method, and of each baseline. Then what a r
 runs, --help, failures, the demo, and tests/sweep.py.
 """
 
-import importlib
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scipy.io import savemat
 
 from common import bf16_autocast
 from tests import sweep
 from tests.cartoons import draw_dataset
-from tests.conftest import (CPU, MNIST, PETS, ROOT, SCRIPTS, SVHN, Runs, call_main, mat_labels,
-                            needs_gpu, new_classifier, photo_folders, read_part, same_bits, train,
+from tests.conftest import (CPU, MNIST, PETS, ROOT, SCRIPTS, SVHN, Runs, call_main, needs_gpu,
+                            new_classifier, photo_folders, read_part, same_bits, train,
                             untimed)
 
 # ========================================== smoke runs ============================================
@@ -166,6 +162,12 @@ def test_seed_fixes_a_run_bit_for_bit_whatever_the_hidden_labels(data, request):
     assert again.results["test_accuracy"] == first.results["test_accuracy"]
 
 
+def test_unlabeled_images_make_the_full_recipe_better_than_its_baseline(mnist_runs):
+    full, baseline = mnist_runs["ten labels"], mnist_runs["ten labels alone"]
+    assert full.results["steps"] == baseline.results["steps"]
+    assert full.results["test_accuracy"] > baseline.results["test_accuracy"] + 0.05
+
+
 @pytest.mark.parametrize("data", ["mnist", "pets"])
 def test_another_seed_gives_another_run(data, request):
     runs = request.getfixturevalue(f"{data}_runs")
@@ -231,53 +233,61 @@ def test_scripts_run_on_the_gpu(name, method, good_flags, tmp_path):
     assert all(math.isfinite(float(number)) for number in run.rows[-1].values())
 
 
-def test_mat_file_of_the_official_size_is_read_in_seconds(tmp_path):
-    n = 73_257
-    x = np.frombuffer(np.random.default_rng(0).bytes(32 * 32 * 3 * n), np.uint8)
-    x, y = x.reshape((32, 32, 3, n), order="F"), np.arange(n) % 10  # as savemat stores it
-    path = tmp_path / "SVHN/train_32x32.mat"
-    path.parent.mkdir()
-    savemat(path, {"X": x, "y": mat_labels(y)})
-    started = time.process_time()  # other processes do not count
-    images, labels = importlib.import_module("sgan_svhn").load_images(tmp_path, path.name)
-    seconds = time.process_time() - started
-    path.unlink()  # pytest keeps its folders, and this one holds 225 MB
-    assert images.shape == (n, 3, 32, 32) and images.is_contiguous()
-    assert labels.tolist() == y.tolist()
-    for i in (0, 1, n // 2, n - 1):
-        assert np.array_equal(images[i], x[..., i].transpose(2, 0, 1))
-    assert seconds < 5
-
-
 # ======================================= help and failures ========================================
 
-COMMON_FLAGS = ["--seed", "--device", "--out-dir", "--dry-run", "--supervised-only", "--epochs",
-                "--batch-size", "--lr", "--split-seed", "--gan-weight", "--augmentation"]
-NOT_OF_MNIST = ["--consistency-weight", "--real-logit", "--generator-loss", "--ema-decay"]
-FLAGS = {"sgan_mnist": [*COMMON_FLAGS, "--data-dir", "--num-labeled", "--gan-only",
-                        "--good-generator"],
-         "sgan_svhn": [*COMMON_FLAGS, *NOT_OF_MNIST, "--data-dir", "--num-labeled",
-                       "--warmup-steps"],
-         "sgan_catsdogs": [
-             *COMMON_FLAGS, *NOT_OF_MNIST, "--labeled-dir", "--unlabeled-dir", "--val-dir",
-             "--test-dir", "--image-size", "--pretrained", "--rotation-weight", "--prepare",
-             "--download",
-             "--labels-per-class", "--demo", "--resume", "--predict", "--checkpoint"],
-         "toy_rings": ["--seed", "--split-seed", "--device", "--out-dir", "--dry-run",
-                       "--num-labeled", "--supervised-only", "--epochs"]}
-
-
-@pytest.mark.parametrize("name", FLAGS)
-def test_help_shows_each_flag_with_its_default(name, capsys):
+def help_of(name, capsys):
+    """{flag: its part of --help} of a script."""
     with pytest.raises(SystemExit) as stop:
         call_main(name, "--help")
     assert stop.value.code == 0
     parts = re.split(r"^  (?=-)", capsys.readouterr().out, flags=re.MULTILINE)[1:]
-    described = {re.match(r"(?:-h, )?(--[\w-]+)", part)[1]: " ".join(part.split())
-                 for part in parts}
-    assert set(described) == {"--help", *FLAGS[name]}
-    for flag in FLAGS[name]:
-        assert "(default: " in described[flag], flag
+    return {re.match(r"(?:-h, )?(--[\w-]+)", part)[1]: " ".join(part.split()) for part in parts}
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "toy_rings"])
+def test_help_shows_each_flag_with_its_default(name, capsys):
+    described = help_of(name, capsys)
+    del described["--help"]
+    assert {"--seed", "--epochs", "--supervised-only", "--dry-run"} < set(described)
+    for flag, text in described.items():
+        assert "(default: " in text, flag
+
+
+def test_pages_name_no_flag_that_there_is_not(capsys):
+    pages = [ROOT / "README.md", *(ROOT / ".github").glob("*.md")]
+    named = {flag for page in pages for flag in re.findall(r"(?<![\w-])--[a-z][\w-]+",
+                                                           page.read_text())}
+    assert len(named) > 20
+    known = set().union(*(help_of(name, capsys) for name in (*SCRIPTS, "toy_rings")))
+    tools = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    assert {flag for flag in named - known if f'"{flag}"' not in tools} <= {"--nproc-per-node"}
+
+
+def test_commands_of_readme_are_taken(mnist, svhn, pets, tmp_path):
+    """They train for two steps each, on small data under the names that README uses."""
+    shutil.copytree(mnist / "MNIST", "data/MNIST")
+    shutil.copytree(svhn / "SVHN", "data/SVHN")
+    shutil.copytree(pets, "photos")
+    for part in ("labeled", "train", "val", "test"):
+        shutil.copytree(pets / part, f"data/{part}")
+    drawings = {"labeled_per_class": 2, "unlabeled": 40, "val": 4, "test": 6, "size": 32}
+    draw_dataset("data/demo", **drawings)
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"python (\w+)\.py([^`\n|]*)", text)
+    small = {"sgan_svhn": ["--num-labeled", 100], "toy_rings": [], "sgan_mnist": [],
+             "sgan_catsdogs": ["--image-size", 32, "--batch-size", 16]}
+    assert {name for name, _ in commands} == set(small)
+    for name, flags in commands:
+        flags = flags.split()
+        if "--download" in flags:
+            continue  # from the network
+        if "--predict" in flags:
+            [run] = sorted(Path("runs").glob("sgan_catsdogs__sgan*"))[:1]
+            flags = [flag.replace("runs/RUN", str(run)) for flag in flags]
+        else:
+            flags += [*small[name], "--dry-run"]
+        call_main(name, *flags, "--device", "cpu")
+    assert len(list(Path("runs").glob("*/results.json"))) >= len(commands) - 2
 
 
 def test_a_process_that_refuses_its_input_says_why(mnist_runs):
