@@ -142,10 +142,9 @@ def pick_device(name: str) -> torch.device:
 
 
 def multiplies_in_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 is faster than float32 on a device.
+    """Whether bfloat16 is faster than float32: on CPUs with AMX, and on AMD's with avx512_bf16.
 
-    Of processors it is on one with AMX, or one by AMD with avx512_bf16. An Intel Xeon with
-    avx512_bf16 but without AMX took twice as long as in float32. All others emulate it.
+    An Intel Xeon with avx512_bf16 but without AMX took twice as long as in float32. Others emulate.
     """
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
@@ -157,7 +156,7 @@ def multiplies_in_bf16(device: torch.device) -> bool:
 def bf16_autocast(device: torch.device) -> torch.autocast:
     """Autocast to bfloat16 where that is faster; otherwise a context without effect.
 
-    It is for networks alone: augmentation would read pixels from wrong places.
+    It is for networks alone. Do not augment under it: coordinates in bfloat16 are too coarse.
     """
     return torch.autocast(device.type, torch.bfloat16, enabled=multiplies_in_bf16(device))
 
@@ -199,17 +198,25 @@ def balanced_split(labels: Tensor, num_labeled: int, num_val: int, num_classes: 
 # Names of folders that are hidden, or that systems leave beside photos.
 PASSED_OVER = (r"\..*|\$recycle\.bin|#recycle|#snapshot|@eadir|@recycle|@tmp|__macosx|lost\+found|"
                "recycler|system volume information")
+OTHER_PHOTOS = {".heic", ".heif", ".jxl", ".cr2", ".cr3", ".nef", ".arw", ".raf", ".orf", ".rw2"}
 SPLIT_NAME = r"(train|test|val|valid|validation|dev|eval)(ing|ation)?([ _-]?(set|data))?[ _-]?\d*"
 warnings.filterwarnings("ignore", module="PIL")  # of large images, and of transparency
+warnings.filterwarnings("ignore", "Glyph")  # a letter that matplotlib's font lacks
 
 
 @functools.cache  # it is asked in each pass
 def decoded_by_dali(path) -> bool:
-    """Whether a file begins as a JPEG does, or as a PNG of 8 bits a channel."""
-    with open(path, "rb") as file:
-        head = file.read(25)
-    return head.startswith(b"\xff\xd8\xff") or (head.startswith(b"\x89PNG\r\n\x1a\n")
-                                                and head[24:] == b"\x08")
+    """Whether a file is a PNG of 8 bits a channel, or a JPEG without stray bytes in its head."""
+    data, at = Path(path).read_bytes(), 2
+    if not data.startswith(b"\xff\xd8"):
+        return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24:25] == b"\x08"
+    while data[at:at + 1] == b"\xff":  # a segment: fill bytes, its kind, its length and content
+        while data[at:at + 1] == b"\xff":
+            at += 1
+        if data[at:at + 1] == b"\xda":  # the pixels follow
+            return True
+        at += 1 + int.from_bytes(data[at + 1:at + 3], "big")
+    return False
 
 
 def bytes_for_dali(path) -> np.ndarray:
@@ -226,9 +233,10 @@ def bytes_for_dali(path) -> np.ndarray:
             raise ValueError("EPS is a program, and is not run")
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError("several frames or pages")
-        tags = image.tag_v2 if kind == "TIFF" else {}  # bits 258, planes 284, signed or not 339
-        if 12 in tags.get(258, ()) or set(tags.get(339, (1,))) != {1} or (
-                16 in tags.get(258, ()) and tags.get(284) == 2):
+        tags = image.tag_v2 if kind == "TIFF" else {}
+        bits, white_is_zero, in_planes = tags.get(258, ()), tags.get(262) == 0, tags.get(284) == 2
+        if 12 in bits or set(tags.get(339, (1,))) != {1} or (  # 339: signed or not
+                16 in bits and (white_is_zero or in_planes)):
             raise ValueError("a rare kind of TIFF: save it anew, in 8 bits a channel")
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I;16") or (image.mode == "I" and kind in ("PNG", "PPM")):
@@ -253,6 +261,8 @@ def why_unusable(path):
             bytes_for_dali(path)
             return None
         with Image.open(path) as image:
+            if image.format == "PNG" and b"IEND\xaeB`\x82" not in path.read_bytes():
+                return "cannot be read: its end is missing"
             image.verify()
         with Image.open(path) as image:  # nothing can be read after verify()
             image.draft("RGB", (64, 64))
@@ -260,7 +270,8 @@ def why_unusable(path):
     except UnicodeEncodeError:
         return "its name is not UTF-8: rename it"
     except UnidentifiedImageError:
-        return "not an image"
+        return "not an image" + (" that Pillow reads: convert it to JPEG"
+                                 if path.suffix.lower() in OTHER_PHOTOS else "")
     except Exception as error:  # Pillow raises many kinds for a damaged file
         return f"cannot be read: {error}"
 
@@ -276,7 +287,7 @@ def check_images(folder, flag: str):
         die(f"{flag} {folder}: the folder {error.filename} cannot be read ({error.strerror}); make "
             "it readable, or move it elsewhere")
 
-    dali_loader([], None, 1, 1, torch.device("cpu"))  # exits if DALI is not installed
+    dali_loader([], None, 1, 1, torch.device("cpu"))  # so that it exits now if there is no DALI
     folder = Path(folder)
     if not os.path.isdir(folder):
         die(f"{flag} {folder} is not a folder: name a folder that holds images (--prepare and "
@@ -334,7 +345,7 @@ def classes_of(images, folder, flag: str, at_least=1) -> list:
         die(f"{flag} {folder} holds subfolders of images, and beside them images such as "
             f"{loose[0]}: move these into the subfolder of their class, or elsewhere")
     if loose:
-        classes = [re.sub(r"([\s._-]*(\d+|\(\d+\)))+$", "", path.stem) for path in images]
+        classes = [re.sub(r"(?:[\s._-]*+(?:\d++|\(\d+\)))++$", "", path.stem) for path in images]
     else:
         classes = [path.relative_to(folder).parts[0] for path in images]
     names = sorted(set(classes))
@@ -365,7 +376,7 @@ def check_labeled(folder, flag: str, class_names=None, strict=True):
     if class_names is None:
         empty = [d.name for d in Path(folder).iterdir() if d.is_dir() and d.name not in classes
                  and not re.fullmatch(PASSED_OVER, d.name, re.IGNORECASE)]
-        if empty:
+        if empty and images[0].parent != Path(folder):
             die(f"class {empty[0]} in {flag} {folder} has no image")
         class_names = sorted(set(classes))
     unknown = sorted(set(classes) - set(class_names))
@@ -418,8 +429,8 @@ def dali_loader(files, labels, batch_size, image_size, device):
     labels = list(range(len(files)) if labels is None else labels)
     on_gpu = device.type == "cuda"
     threads = min(8, os.cpu_count())
-    # The CPU decodes a few photos at once, not a batch of 64: one of 12 megapixels takes 36 MB.
-    # Photos that wait for the training are small, as they are resized.
+    # at_once: photos that DALI decodes together, several times for a batch. On a CPU they are few,
+    # as one of 12 megapixels takes 36 MB. ahead: how many such parts wait, resized, for training.
     at_once = min(len(files), batch_size if on_gpu else math.gcd(batch_size, threads))
     # Prefetch less for small sets: after the last photo DALI starts over, and that work is wasted.
     ahead = max(1, min(max(2, batch_size // at_once), len(files) // at_once // 8))
@@ -464,7 +475,7 @@ class Photos:
     """Image files and their labels, given in batches as often as asked.
 
     Decoded photos stay on the device as uint8 if they take at most cache_bytes; otherwise they are
-    decoded anew in each pass. Either way the images are the same up to 1/510.
+    decoded anew in each pass. The images are the same up to half a step of 8 bits.
     Args: N paths; N class indices, or None to get each photo's index instead; the side S.
     Attributes: labels (N,) int64; images (N, 3, S, S) uint8, or None if they are not kept.
     """
@@ -505,7 +516,8 @@ def evaluate(classifier: nn.Module, batches, num_classes: int) -> dict:
 
     classifier maps images to (logits (B, K), ...). It is put into eval mode and back.
     Returns {"accuracy": in [0, 1], "loss": mean cross-entropy in nats, "confusion": (K, K) int64
-    counts with the true class in rows, "predicted": (N,) int64}. Without images two are NaN.
+    counts with the true class in rows, "predicted": (N,) int64}. Without images accuracy and loss
+    are NaN.
     """
     was_training = classifier.training
     classifier.eval()
@@ -545,7 +557,8 @@ def atomic(path):
         raise SystemExit(f"stopped: {path} cannot be written ({error.strerror}); what was saved "
                          "before is kept") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 
 def write_json(path, values: dict):
@@ -687,6 +700,8 @@ def only_warns(draw):
         try:
             draw(*args, **kwargs)
         except (Exception, SystemExit) as error:
+            if isinstance(getattr(error, "code", None), int):  # a signal ends the process
+                raise
             say(f"warning: {draw.__name__} failed, its figure is missing ({error})",
                 file=sys.stderr)
 

@@ -4,7 +4,7 @@ A ResNet is trained from scratch on a few labeled photos and many unlabeled ones
 also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x). It tells photos from the images of a
 DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). Two more terms use the photos
 without labels. The classifier also tells by how many quarters a photo was turned. And its moving
-average (EMA) labels the photos that it is surest of, which the classifier learns too.
+average (EMA) labels the photos that it is surest of. The classifier learns these labels.
 
     python sgan_catsdogs.py --demo                          # cartoon pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
@@ -15,8 +15,8 @@ average (EMA) labels the photos that it is surest of, which the classifier learn
     python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/final.pt
     torchrun --nproc-per-node 4 sgan_catsdogs.py            # train on four GPUs
 
-What it scores, and how it differs from the cats and dogs article (Petrova 2020, see README):
-.github/RESULTS.md.
+Read main() first. What it scores, and how it differs from the cats and dogs article (Petrova 2020,
+see README): .github/RESULTS.md.
 """
 
 import argparse
@@ -56,14 +56,14 @@ UNLABELED_PER_FAKE = 2  # unlabeled photos in each step for one generated image
 D_TARGET = 0.7  # while mean D(x) on photos is above this, the GAN's augmentation grows
 MIN_STRENGTH = 0.5  # lowest strength of the GAN's augmentation; the highest is 1
 TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
-TEACHER_SHARE = 0.5  # at most this fraction of an unlabeled batch is labeled, in the last step
+TEACHER_SHARE = 0.5  # fraction of an unlabeled batch that it labels: from 0 up to this
 IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
 CACHE_BYTES = 2 << 30  # on a CPU, photos stay decoded in memory up to this size
 CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
 FOLDERS = ["labeled_dir", "unlabeled_dir", "val_dir", "test_dir"]  # flags
 DEMO = {"labeled_dir": "data/demo/labeled", "unlabeled_dir": "data/demo/train",
         "val_dir": "data/demo/val", "test_dir": "data/demo/test",
-        "image_size": 32, "epochs": 5, "batch_size": 32}  # its defaults
+        "image_size": 32, "epochs": 5, "batch_size": 32}  # defaults with --demo
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
 
@@ -97,7 +97,7 @@ def parse_args():
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier on labeled images alone")
     train.add_argument("--epochs", type=number(int, minimum=1), default=40,
-                       help="passes over the unlabeled images; 100 steps each if --supervised-only")
+                       help="passes over the unlabeled images, or 100 steps if --supervised-only")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=64,
                        help="unlabeled images per step, at least 2 for batch norm")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
@@ -117,7 +117,7 @@ def parse_args():
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
                        help="strength of augmentation in training, from 0, none, to 1")
     train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.996,
-                       help="decay of the averaged classifier, which is scored; 0: no average")
+                       help="decay of the averaged classifier, which is scored; 0: the raw one")
     prepare = parser.add_argument_group("making the four folders, without training")
     prepare.add_argument("--prepare", metavar="SOURCE",
                          help="draw the four folders from Kaggle's train/ or from PetImages/")
@@ -137,8 +137,8 @@ def parse_args():
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
     if args.pretrained and args.image_size < 128:
         die(f"--pretrained needs the ResNet18, from --image-size 128 on, not {args.image_size}")
-    if sum(map(bool, (args.demo, args.predict, args.prepare or args.download))) > 1:
-        die("--demo, --predict and --prepare or --download exclude each other: give one of them")
+    if sum(map(bool, (args.demo, args.resume, args.predict, args.prepare or args.download))) > 1:
+        die("--demo, --resume, --predict, --prepare or --download: give one of them")
     if dist.is_torchelastic_launched() and (args.predict or args.prepare or args.download):
         die("torchrun is for training: start --predict, --prepare and --download with python")
     if bool(args.predict) != bool(args.checkpoint):
@@ -156,8 +156,8 @@ def parse_args():
 def read_folders(args, device, world):
     """The labeled, unlabeled, validation and test photos of four folders, checked before training.
 
-    Returns these four Photos, the K class names, {unusable file: reason}, and duplicates: pairs of
-    files that are equal byte for byte though they should not be, and what that means.
+    Returns these four Photos, the K class names, {unusable file: reason} and duplicates. These are
+    files equal byte for byte that should not be: (file, other file, what that means).
     Exits with status 2, naming the flag, on bad input.
     """
     labeled, labels, class_names, _ = check_labeled(args.labeled_dir, "--labeled-dir")
@@ -179,9 +179,9 @@ def read_folders(args, device, world):
         trained = [path for path in group if path in training]
         duplicates += [(path, trained[0], "held out, but a training image, too")
                        for path in group if path in held_out and trained]
-        first_of = {label_of[path]: path for path in group[::-1] if path in label_of}
+        first_with = {label_of[path]: path for path in group[::-1] if path in label_of}
         duplicates += [(path, other, "labeled otherwise") for path in group if path in label_of
-                       for label, other in first_of.items() if label != label_of[path]]
+                       for label, other in first_with.items() if label != label_of[path]]
 
     # how many bytes of unlabeled photos, and of validation photos, this process keeps decoded
     room = CACHE_BYTES // world
@@ -291,7 +291,7 @@ class Classifier(nn.Module):
             self.resnet.maxpool = nn.Identity()
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(512, num_classes)
-        self.turn_head = nn.Linear(512, 4)  # of the features: by how many quarters x was turned
+        self.turn_head = nn.Linear(512, 4)  # from the features: the number of quarter turns
         self.real_logit_form, self.imagenet_inputs = real_logit_form, imagenet_inputs
         if real_logit_form == "fake-class":
             self.extra = nn.Linear(512, 1)
@@ -303,7 +303,7 @@ class Classifier(nn.Module):
         logits = self.head(h)
         r = real_logit(logits)  # log sum_k exp l_k(x)
         if self.real_logit_form == "fake-class":
-            r = r - self.extra(h)[:, 0].float()  # log Z - l_{K+1}
+            r = r - self.extra(h)[:, 0].float()  # minus the learned logit of "fake"
         return logits, features, r
 
 
@@ -312,32 +312,35 @@ class Classifier(nn.Module):
 
 @contextmanager
 def frozen_statistics(classifier):
-    """Within it, forward passes do not change the running batch-norm statistics."""
+    """Within it passes normalise by their own batch, and leave the running statistics alone."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     yield
     for norm in norms:
-        norm.momentum = 0.1
+        norm.track_running_stats = True
 
 
 def surest_of_each_class(logits, per_class):
-    """The classifier's own labels: logits (N, K) -> labels (N,) int64, whether each counts (N,).
+    """The classifier's own labels: logits (N, K) -> indices, labels, weights (K * per_class,).
 
     FixMatch (Sohn et al. 2020, arXiv:2001.07685) trusts every label whose p(y | x) passes a
-    threshold, and most of these may be of one class. Here each class gets equally many images,
-    those of its highest p(y | x). So the classes should be about equally frequent. An image picked
-    by several classes keeps only its most likely one.
+    threshold, and most of these may be of one class. Here each class picks equally many images,
+    those of its highest p(y | x). So the classes should be about equally frequent. An image that
+    several classes pick has weight 1 with its most likely one, and 0 with the others. How many are
+    picked is known beforehand, so that nobody waits for the device.
     """
     p = logits.float().softmax(dim=1)
     surest = p.topk(per_class, dim=0)  # of each column: (per_class, K)
     p_picked = torch.zeros_like(p).scatter_(0, surest.indices, surest.values)  # (N, K)
-    p_label, label = p_picked.max(dim=1)
-    return label, p_label > 0
+    label = torch.arange(p.shape[1], device=p.device).expand(per_class, -1).flatten()
+    index, order = surest.indices.flatten().sort()
+    label = label[order]
+    return index, label, (p_picked.argmax(dim=1)[index] == label).float()
 
 
 def turn(x):
-    """Turn images by 0, 90, 180, 270, 0, ... degrees: (N, 3, S, S) -> the same, quarters (N,)."""
+    """Turn image i by i mod 4 quarters: (N, 3, S, S) -> the same, quarters (N,)."""
     index = torch.arange(len(x), device=x.device)
     turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
     return turned[index % 4, index], index % 4
@@ -350,7 +353,7 @@ def main():
     if args.resume:
         args, checkpoint = flags_of_the_run(args)
     rank, world = start_processes(args.device)  # 0, 1 without torchrun
-    if args.demo:
+    if args.demo and not args.resume:
         draw_demo(rank, world)
     started, device = time.perf_counter(), pick_device(args.device)
     torch.manual_seed(args.seed)
@@ -369,8 +372,9 @@ def main():
         classifier.resnet.load_state_dict(imagenet_weights())
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
+    # of the average and of the classifier: weights and batch-norm statistics
     averaged = [[values for values in network.state_dict().values() if values.is_floating_point()]
-                for network in (classifier_ema, classifier)]  # batch-norm statistics, too
+                for network in (classifier_ema, classifier)]
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -385,14 +389,15 @@ def main():
     total_steps = epochs * steps_per_epoch
     labeled_batch = min(LABELED_BATCH, num_labeled) // world
     unlabeled_batch = args.batch_size // world
-    # With the GAN off a step still makes 2 fakes, the fewest that batch norm accepts.
+    # With the GAN off it still makes 2 images, unused: the fewest that batch norm accepts.
     fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE) if args.gan_weight else 2
 
     # ---- the run's folder, and where a run that goes on was left ----
     state = checkpoint or {"step": 0, "best_val": -1.0, "gan_strength": MIN_STRENGTH,
                            "seconds": 0.0, "rows": []}
     # gan_strength: of the augmentation of the GAN's photos and fakes
-    step, best_val, gan_strength = state["step"], state["best_val"], state["gan_strength"]
+    step, best_val = state["step"], state["best_val"]
+    gan_strength = torch.as_tensor(state["gan_strength"], device=device)
     started -= state["seconds"]
     parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
              "opt_d": opt_d, "opt_g": opt_g}
@@ -437,32 +442,32 @@ def main():
                 z = torch.randn(fake_batch, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                strength = gan_strength * args.augmentation
+                strength = gan_strength * args.augmentation if args.augmentation else 0
                 x_fake = augment(x_fake.float(), strength)  # (M, 3, S, S), for both updates
 
-                # ---- the EMA classifier, as teacher, labels what it is surest of: ever more ----
+                # ---- the EMA classifier, as teacher, labels the surest photos: more and more ----
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
-                y_teacher = torch.zeros(len(x_unl), dtype=torch.long, device=device)  # (N,)
-                picked = y_teacher.bool()  # (N,) no label counts yet
-                if args.consistency_weight and per_class > 0:
+                per_class = per_class if args.consistency_weight else 0
+                logits_teacher = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K)
+                if per_class:
                     with torch.no_grad(), autocast:
-                        logits_teacher, _, _ = classifier_ema(x_unl)  # (N, K)
-                    y_teacher, picked = surest_of_each_class(logits_teacher, per_class)  # (N,)
+                        logits_teacher, _, _ = classifier_ema(x_unl)
+                picked, y_teacher, counts = surest_of_each_class(logits_teacher, per_class)  # (P,)
 
-                # ---- classifier: labels right, photos real, fakes fake, turns told ----
+                # ---- classifier: labels, photos against fakes, quarter turns ----
                 # Each kind of image has its own pass, so that batch norm does not mix them. Only
                 # all unlabeled photos, in the last pass, update its running statistics.
                 classifier.requires_grad_(True)
-                x_taught = torch.cat([x_lab, x_unl[picked]])  # (n + picked, 3, S, S)
+                x_taught = torch.cat([x_lab, x_unl[picked]])  # (n + P, 3, S, S)
                 x_taught = augment(x_taught, args.augmentation)
                 x_gan = augment(x_unl, strength)  # (N, 3, S, S)
-                # every other photo; with that loss off, the two that batch norm needs
+                # half of the photos; with that loss off, the two that batch norm needs
                 upright = x_gan[::2] if args.rotation_weight else x_gan[:2]
                 x_turned, quarters = turn(upright)  # (N/2, 3, S, S), (N/2,)
                 with autocast:
                     with frozen_statistics(classifier):
-                        logits_taught, _, _ = classifier(x_taught)  # (n + picked, K)
+                        logits_taught, _, _ = classifier(x_taught)  # (n + P, K)
                         _, _, r_fake = classifier(x_fake.detach())  # (M,)
                         _, feat_turned, _ = classifier(x_turned)  # (N/2, 512)
                         logits_turned = classifier.turn_head(feat_turned)  # (N/2, 4)
@@ -474,9 +479,9 @@ def main():
                 # -E log p(turn | turned x), Chen et al. 2019 (arXiv:1811.11212, section 3)
                 loss_turn = labeled_loss(logits_turned, quarters)
                 # -E [x is picked] log p(teacher's label | augmented x)
-                loss_con = F.cross_entropy(logits_picked.float(), y_teacher[picked],
-                                           reduction="sum") / len(x_unl)
-                # the code of Salimans et al. has this 0.5, and gan_weight 1
+                loss_con = (F.cross_entropy(logits_picked.float(), y_teacher, reduction="none")
+                            * counts).sum() / len(x_unl)
+                # Salimans et al. use this factor 0.5, and gan_weight 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.rotation_weight * loss_turn + args.consistency_weight * loss_con)
                 opt_d.zero_grad()
@@ -487,10 +492,10 @@ def main():
                 # (adaptive augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
                 p_real = r_unl.detach().sigmoid().mean()
                 if args.gan_weight:  # otherwise D is not trained
-                    gan_strength += 0.01 * (p_real.item() - D_TARGET)
-                    gan_strength = min(1.0, max(MIN_STRENGTH, gan_strength))
+                    gan_strength = gan_strength + 0.01 * (p_real - D_TARGET)
+                    gan_strength = gan_strength.clamp(MIN_STRENGTH, 1)
 
-                # ---- generator, through the updated classifier; feat_unl is from before ----
+                # ---- generator, through the updated classifier; feat_unl is of the old one ----
                 classifier.requires_grad_(False)
                 with autocast, frozen_statistics(classifier):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 512), (M,)
@@ -508,8 +513,8 @@ def main():
                 means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
                                  "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
                                  "loss/turn": loss_turn, "loss/con": loss_con,
-                                 "monitor/picked": picked.float().mean(),
-                                 "monitor/strength": torch.tensor(gan_strength, device=device),
+                                 "monitor/picked": counts.sum() / len(x_unl),
+                                 "monitor/strength": gan_strength,
                                  "monitor/p_real_unl": p_real,
                                  "monitor/p_real_fake": r_fake.sigmoid().mean()})
 
@@ -542,7 +547,7 @@ def main():
     # ============ the end: test images are scored here only, by two sets of weights ============
     run.save("final.pt", {"classifier": classifier_ema.state_dict(), "weights": "ema",
                           "epoch": epochs, "generator": generator.state_dict(), **for_predict})
-    best = torch.load(run.dir / "best.pt", weights_only=True)
+    best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
     classifier.load_state_dict(best["classifier"])
     with autocast:
         scores = evaluate(classifier_ema, held_out(test), num_classes)
@@ -556,7 +561,7 @@ def main():
     (run.dir / "last.pt").unlink()  # there is nothing left to resume
 
 
-# ---------------- what follows is no training: who copies the script may cut it here --------------
+# --------- what follows is no method: checks, processes, --resume, --predict, --prepare -----------
 
 
 def check_batches(args, num_labeled, num_unlabeled, num_classes, world):
@@ -594,6 +599,8 @@ def start_processes(device_name):
     if not dist.is_torchelastic_launched():  # clusters set RANK without it
         return 0, 1
     if device_name != "cpu" and torch.cuda.is_available():
+        if int(os.environ["LOCAL_RANK"]) >= torch.cuda.device_count():
+            die(f"more processes than the {torch.cuda.device_count()} GPUs: start fewer processes")
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group()  # gloo for CPU tensors, NCCL for CUDA tensors
     atexit.register(dist.destroy_process_group)
@@ -651,7 +658,8 @@ def flags_of_the_run(args):
             "folders that moved")
     if not (folder / "last.pt").exists() and (folder / "final.pt").exists():
         die(f"--resume {args.resume}: that run is finished")
-    checkpoint = load_checkpoint(folder / "last.pt", "--resume", ["args", "step"])
+    checkpoint = load_checkpoint(folder / "last.pt", "--resume",
+                                 ["args", "step", "files", "rows", "gan_strength", "rng_state"])
     flags = {**vars(args), **checkpoint["args"], **{name: vars(args)[name] for name in moved}}
     return argparse.Namespace(**{**flags, "resume": folder}), checkpoint
 
@@ -688,7 +696,8 @@ def save_state(run, started, parts, **state):
 def files_of(args, photos):
     """{folder's flag: its files}, by which a run that goes on knows its images again.
 
-    A file is its path below the folder and its content; of unlabeled ones the size is enough.
+    A file is its path below the folder and its content. Of unlabeled ones, which are many, it is
+    path and size.
     """
     return {name: [f"{path.relative_to(vars(args)[name])}, "
                    + (f"{path.stat().st_size} bytes" if name == "unlabeled_dir" else digest(path))
@@ -788,14 +797,18 @@ def prepare(args):
         path, why = next(iter(unusable.items()))
         say(f"{len(unusable)} files cannot be used and are left out, such as {path}: {why}")
 
+    if len({name.lower() for name in names}) < len(names):
+        die(f"--prepare {source} has classes that differ in capitals only: {', '.join(names)}")
+
     rng, drawn = np.random.default_rng(seed), {target: [] for target in targets}
     for k, name in enumerate(names):
         members = np.array([path for path, label in zip(images, labels) if label == k])
         labeled = vars(args).get("labels_per_class", 50)
         held_out = min(max(1, 1000 // len(names)), len(members) // 5)
-        if labeled + 2 * held_out >= len(members):
-            die(f"class {name} has {len(members)} images: {labeled} labeled, {held_out} validation "
-                f"and {held_out} test images leave none unlabeled; give fewer --labels-per-class")
+        if held_out == 0 or labeled + 2 * held_out >= len(members):
+            die(f"class {name} has {len(members)} images, too few for {labeled} labeled ones, a "
+                "fifth for validation, a fifth for test and some unlabeled ones: add images, or "
+                "give fewer --labels-per-class")
         members = members[rng.permutation(len(members))]
         sizes = [labeled, held_out, held_out]
         for target, chosen in zip(targets, np.split(members, np.cumsum(sizes))):

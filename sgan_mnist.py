@@ -56,7 +56,7 @@ CONFIDENCE = 0.8  # the perceptron learns only those of the teacher's labels tha
 PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
 GOOD_LR = 1e-3  # Adam learning rate of the good generator and of the pair discriminator
 MADE_WEIGHT = 0.1  # weight of the perceptron's loss on digits made to order
-PASS_WEIGHT = 0.005  # Triple-GAN's perceptron: weight of having its labels pass for real ones
+PASS_WEIGHT = 0.005  # Triple-GAN: weight of the loss by which the perceptron fools the pair d.
 
 
 def parse_args():
@@ -287,10 +287,11 @@ def aligned(logits, p_mean):
 
 
 class MadeToOrder:
-    """A good generator, which makes digits of a given class, its adversary, and their updates.
+    """A good generator, which makes digits of a given class, and its adversary.
 
     Logit k of the pair discriminator d says how real the pair of an image and class k is
-    (Triple-GAN, Li et al. 2017, arXiv:1703.02291, section 3).
+    (Triple-GAN, Li et al. 2017, arXiv:1703.02291, section 3). The caller trains the perceptron on
+    the digits that update() returns.
     """
 
     def __init__(self, x_init, device):
@@ -307,7 +308,7 @@ class MadeToOrder:
 
         Returns the digits made (N, 1, 28, 28), their classes (N,), d(x_unl) (N, K), the losses.
         """
-        def at(logits, y):  # the logit of label y (N,) in each row (N, K) -> (N,)
+        def logit_of(y, logits):  # of label y (N,) in each row of logits (N, K) -> (N,)
             return logits.gather(1, y[:, None])[:, 0]
 
         y_made = torch.arange(len(z), device=z.device) % NUM_CLASSES  # (N,)
@@ -316,18 +317,18 @@ class MadeToOrder:
             d, _, _ = self.pair_d(torch.cat([x_lab, x_unl, x_made.detach()]))
         d_lab, d_unl, d_made = d.float().split([len(x_lab), len(x_unl), len(z)])
         y_teacher = p_teacher.argmax(dim=1)  # (N,)
-        # each -E log p of what is right, real or fake; sigmoid d is p(real)
-        loss_pair = (0.1 * F.softplus(-at(d_lab, y_lab)).mean()  # real: labeled digits
-                     + 0.9 * F.softplus(-at(d_unl, y_teacher)).mean()  # real: unlabeled digits
-                     + 0.5 * F.softplus(at(d_made, y_made)).mean()  # fake: generated
-                     # fake: digits with a label drawn from p(y | x), in expectation
+        # Each term is -E log of the probability of the right answer. sigmoid d is p(real).
+        loss_pair = (0.1 * F.softplus(-logit_of(y_lab, d_lab)).mean()  # real: labeled digits
+                     + 0.9 * F.softplus(-logit_of(y_teacher, d_unl)).mean()  # real: unlabeled ones
+                     + 0.5 * F.softplus(logit_of(y_made, d_made)).mean()  # fake: digits made
+                     # fake: unlabeled digits with every label, weighted by p(y | x)
                      + 0.5 * (p_teacher * F.softplus(d_unl)).sum(dim=1).mean())
         self.opt_d.zero_grad()
         loss_pair.backward()
         self.opt_d.step()
         with autocast:
             d_made = self.pair_d(x_made)[0].float()  # (N, K)
-        loss_good = F.softplus(-at(d_made, y_made)).mean()  # -E log sigmoid d_y(G(z, y))
+        loss_good = F.softplus(-logit_of(y_made, d_made)).mean()  # -E log sigmoid d_y(G(z, y))
         self.opt_g.zero_grad()
         loss_good.backward(inputs=list(self.good.parameters()))
         self.opt_g.step()
@@ -409,7 +410,7 @@ def main():
                     x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
                 # ---- the teacher labels the digits, all classes about equally often ----
-                # In the first half too: p_mean settles, and a good generator needs the labels.
+                # Also in the first half: p_mean must settle, and a good generator needs labels.
                 if args.good_generator or not args.gan_only:
                     with torch.no_grad(), autocast:
                         logits_teacher = perceptron_ema(x_unl)[0].float()  # (N, K)
@@ -435,7 +436,7 @@ def main():
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # the code of Salimans et al. has this 0.5, and gan_weight 1
+                # Salimans et al. use this factor 0.5, and gan_weight 1
                 loss_d = loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                 if teach:  # -E [x is picked] log p(teacher's label | x)
                     loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
@@ -443,7 +444,7 @@ def main():
                     loss_d = loss_d + loss_con
                     losses |= {"loss/con": loss_con, "monitor/picked": picked.float().mean()}
                 if args.good_generator:  # -E log p(y | G(z, y))
-                    # 0 in the first quarter of the run, 1 from its half on
+                    # 0 until a quarter of the run, then rising to 1 at its half
                     ramp = min(1, max(0, 4 * step / total_steps - 1))
                     loss_d = loss_d + MADE_WEIGHT * ramp * labeled_loss(logits_made, y_made)
                     if not args.gan_weight:  # Triple-GAN: -E sum_y p(y | x) log sigmoid d_y(x)

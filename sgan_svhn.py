@@ -250,13 +250,13 @@ class Classifier(nn.Module):
 
 @contextmanager
 def frozen_statistics(classifier):
-    """Within it, forward passes do not change the running batch-norm statistics."""
+    """Within it passes normalise by their own batch, and leave the running statistics alone."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = 0.0
+        norm.track_running_stats = False
     yield
     for norm in norms:
-        norm.momentum = 0.1
+        norm.track_running_stats = True
 
 
 # ============================================ training ============================================
@@ -275,8 +275,9 @@ def main():
 
     classifier = Classifier(args.real_logit).to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
+    # of the average and of the classifier: weights and batch-norm statistics
     averaged = [[values for values in network.state_dict().values() if values.is_floating_point()]
-                for network in (classifier_ema, classifier)]  # batch-norm statistics, too
+                for network in (classifier_ema, classifier)]
     generator = Generator().to(device).to(memory_format=torch.channels_last)
     opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
@@ -349,7 +350,7 @@ def main():
                 # (Sohn et al. 2020, arXiv:2001.07685, section 2), whose teacher is no EMA
                 loss_con = (F.cross_entropy(logits_unl.float(), y_teacher, reduction="none")
                             * picked).mean()
-                # the code of Salimans et al. has this 0.5, and gan_weight 1
+                # Salimans et al. use this factor 0.5, and gan_weight 1
                 loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
                           + args.consistency_weight * loss_con)
                 opt_d.zero_grad()

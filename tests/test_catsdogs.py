@@ -152,6 +152,14 @@ def test_prepare_refuses_what_it_cannot_draw(archives, pets, tmp_path, capsys):
         assert os.listdir(new) == [part]
         shutil.rmtree(new)
     refused(pets / "test", "class cat", "15 images", "--labels-per-class")
+    few, capitals = (shutil.copytree(pets / "test", tmp_path / name) for name in "fc")
+    for path in sorted((few / "cat").iterdir())[4:]:
+        path.unlink()
+    message = refusal(capsys, "sgan_catsdogs", "--prepare", few, "--labels-per-class", 1,
+                      *photo_folders(new))
+    assert "class cat" in message and not new.exists()
+    (capitals / "cat").rename(capitals / "Dog")
+    refused(capitals, "capitals", "Dog")
     (tmp_path / "above").mkdir()
     (tmp_path / "above/PetImages").symlink_to(archives / "PetImages")
     refused(tmp_path / "above", tmp_path / "above", "one class only")

@@ -68,6 +68,13 @@ def tiff(array, **others):
                                          + entries + bytes(4) + longer)
 
 
+def saved(image):
+    """The bytes of a JPEG."""
+    data = io.BytesIO()
+    image.save(data, "JPEG")
+    return data.getvalue()
+
+
 def odd_webp(path):
     """Lossless WebP whose pixels are a chunk of an odd number of bytes, before its EXIF."""
     for seed in range(40):
@@ -83,6 +90,8 @@ KINDS = {
     "JPEG, progressive and turned": save(PHOTO, format="JPEG", progressive=True, exif=TURNED),
     "JPEG, CMYK": save(PHOTO.convert("CMYK"), format="JPEG"),
     "JPEG, RGB not YCbCr": save(PHOTO, format="JPEG", keep_rgb=True),
+    "JPEG with a stray byte": lambda path: path.write_bytes(
+        (jpeg := saved(PHOTO))[:20] + b"\0" + jpeg[20:]),
     "JPEG with a second picture": save(PHOTO, format="MPO", save_all=True,
                                        append_images=[PHOTO.rotate(90)]),
     "PNG, grey with alpha": save(PHOTO.convert("LA"), format="PNG"),
@@ -137,6 +146,8 @@ OTHER_KINDS = {
     "signed": tiff((GREY // 2).astype(np.int8), t339=2),
     "12 bits": tiff(np.repeat(GREY, 2, axis=1)[:, :96].copy(), t258=12),
     "16 bits in planes": tiff((RGB.transpose(2, 0, 1).astype("<u2") * 257)),
+    "16 bits, white is zero": tiff(GREY.astype("<u2") * 257, t262=0),
+    "PNG whose last byte is missing": save(PHOTO, format="PNG", cut=1 - 1e-9),
     "a program": save(PHOTO, format="EPS"),
     "pages": save(PHOTO, format="TIFF", save_all=True, append_images=[PHOTO]),
     "film": save(PHOTO, format="GIF", save_all=True, append_images=[PHOTO.rotate(90)]),
@@ -262,14 +273,15 @@ def test_what_systems_and_cameras_leave_behind_is_passed_over(tmp_path, capsys):
     (folder / "to elsewhere").symlink_to(elsewhere)
     (folder / "cat/to photos").symlink_to(folder)  # a circle
     for name in (".DS_Store", "Thumbs.db", "cat/1.jpg:Zone.Identifier", "cat/2.jpg:Zone.Identifier",
-                 "cat/2.HEIC", "README"):
+                 "cat/2.HEIC", "notes/README"):
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("no image")
     images, unusable = check_images(folder, "--flag")
     assert [str(path.relative_to(folder)) for path in images] == ["cat/1.jpg", "to elsewhere/1.jpg"]
-    assert unusable == {}
+    assert [path.name for path in unusable] == ["2.HEIC"]  # a phone's photo, which is missed
     assert classes_of(images, folder, "--flag") == ["cat", "to elsewhere"]
     printed = capsys.readouterr().out
-    for words in ("5 files", "2 .identifier", "1 .db", "1 .heic", "1 without ending"):
+    for words in ("4 files", "2 .identifier", "1 .db", "1 without ending"):
         assert words in printed
 
 
@@ -295,7 +307,7 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     ("american_bulldog_1.jpg", "american_bulldog"), ("cat-tabby-004.png", "cat-tabby"),
     ("american_pit_bull_terrier_10.jpg", "american_pit_bull_terrier"), ("cat.jpg", "cat"),
     ("猫 1.jpg", "猫"), ("type2 diabetes_03.jpg", "type2 diabetes"), ("cow_7 (2).jpg", "cow"),
-    ("pug-12 (1) (3).jpg", "pug")])
+    ("pug-12 (1) (3).jpg", "pug"), (f"cat_{10**40}_{10**30}_n.jpg", f"cat_{10**40}_{10**30}_n")])
 def test_class_of_a_name_is_all_but_the_numbers_at_its_end(name, its_class):
     assert classes_of([Path("photos", name)], "photos", "--flag") == [its_class]
 
@@ -384,6 +396,15 @@ def test_a_figure_that_fails_is_a_warning_and_results_are_there_before(pets, mon
     assert "warning: plot_confusion failed" in err and "no ink" in err
     assert not list(folder.glob("*.png")) and not (folder / "last.pt").exists()
     assert results["steps"] == 2
+
+
+def test_a_signal_while_a_figure_is_drawn_ends_the_process():
+    @common.only_warns
+    def draw():
+        raise SystemExit(130)  # as the handler of Ctrl-C does
+
+    with pytest.raises(SystemExit):
+        draw()
 
 
 def test_output_that_nobody_reads_does_not_end_a_run(pets, tmp_path):

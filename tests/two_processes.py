@@ -25,7 +25,7 @@ photos, networks, weights = [], {}, {}
 def look(module, inputs):
     if isinstance(module, (sgan_catsdogs.Classifier, sgan_catsdogs.Generator)) and module.training:
         networks[type(module).__name__] = module
-        if isinstance(module, sgan_catsdogs.Classifier) and module.resnet.bn1.momentum:
+        if isinstance(module, sgan_catsdogs.Classifier) and module.resnet.bn1.track_running_stats:
             photos.append(inputs[0].detach())  # only they move the running statistics
 
 
