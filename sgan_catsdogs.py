@@ -203,7 +203,7 @@ def augment(x, strength):
     Differentiable, so that fakes are changed as photos are and the generator learns through it
     (DiffAugment, Zhao et al. 2020, arXiv:2006.10738).
     """
-    if strength == 0:
+    if not torch.is_tensor(strength) and strength == 0:  # to compare a tensor would wait for it
         return x
     n, side = len(x), x.shape[-1]
     noise = torch.rand(15, n, device=x.device)  # (15, N) in [0, 1)

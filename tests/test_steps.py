@@ -5,17 +5,20 @@ frozen_statistics, surest_of_each_class, networks and augment are called on thei
 """
 
 import importlib
+import traceback
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import balanced_split
-from tests.conftest import (SCRIPTS, averaged, changed, copied, find, forced_bf16, gradients,
-                            hooked, new_classifier, photo_folders, read_csv, read_part,
-                            real_gradient, same_bits, train)
+from tests.conftest import (SCRIPTS, averaged, call_main, changed, copied, find, forced_bf16,
+                            gradients, hooked, needs_gpu, new_classifier, photo_folders, read_csv,
+                            read_part, real_gradient, same_bits, train)
 
 # ==================================== runs of two steps an epoch ==================================
 
@@ -304,6 +307,75 @@ def test_final_weights_are_the_moving_average(watched):
                                    rtol=1e-5, atol=1e-6)
     generator = copied(watched.networks["Generator"].state_dict().items())
     assert same_bits(watched.final["generator"], generator)
+
+
+class Waits(TorchDispatchMode):
+    """Lists where the host would wait for a GPU: to read a number, or to count what is true.
+
+    Functions named in `outside` are no part of a step.
+    """
+
+    outside = {"read_data", "read_folders", "batches", "evaluate", "take", "save_samples",
+               "plot_test", "standardise", "snapshot", "draw_figures", "draw_panel",
+               "score_good_generator", "draw_rings", "balanced_split"}
+
+    def __init__(self, script):
+        super().__init__()
+        self.script, self.found = script, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name in ("_local_scalar_dense", "nonzero") or (name in ("index", "index_put_") and any(
+                index is not None and index.dtype == torch.bool for index in args[1])):
+            stack = [frame for frame in traceback.extract_stack()
+                     if Path(frame.filename).name in ("common.py", f"{self.script}.py")]
+            on_cpu_only = "one_hot" in stack[-1].line  # there torch checks the labels
+            if not on_cpu_only and not self.outside & {frame.name for frame in stack}:
+                self.found.append(f"{name}: {stack[-1].name}, {stack[-1].line}")
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name, flags", [
+    ("sgan_catsdogs", []), ("sgan_catsdogs", ["--supervised-only"]), ("sgan_svhn", []),
+    ("sgan_mnist", []), ("sgan_mnist", ["--good-generator", "--gan-weight", 0]), ("toy_rings", [])])
+def test_no_step_waits_for_the_device(name, flags, few_steps, mnist):
+    known = {"sgan_mnist": ["--data-dir", mnist, "--device", "cpu"], "toy_rings": []}
+    data = few_steps[name].flags if name in few_steps else known[name]
+    with Waits(name) as waits:
+        call_main(name, *data, *flags, "--dry-run")
+    assert waits.found == []
+
+
+def test_a_step_that_waits_is_found():
+    def step(x):
+        return x[x > 0], x.max().item(), x.nonzero()
+
+    with Waits("test_steps") as waits:
+        step(torch.randn(9))
+    assert [found.split(":")[0] for found in waits.found] == ["index", "_local_scalar_dense",
+                                                              "nonzero"]
+
+
+@needs_gpu
+@pytest.mark.parametrize("name", STEPPED)
+def test_no_step_waits_for_the_gpu(name, few_steps, monkeypatch):
+    script = importlib.import_module(name)
+    add, take = script.EpochMeans.add, script.EpochMeans.take
+
+    def after_a_step(*args):
+        torch.cuda.set_sync_debug_mode("error")  # from the second step of an epoch on
+        add(*args)
+
+    def before_validation(*args):
+        torch.cuda.set_sync_debug_mode("default")
+        return take(*args)
+
+    monkeypatch.setattr(script.EpochMeans, "add", after_a_step)
+    monkeypatch.setattr(script.EpochMeans, "take", before_validation)
+    try:
+        train(name, *few_steps[name].flags, "--device", "cuda")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 # ====================================== what the flags change =====================================
