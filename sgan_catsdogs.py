@@ -184,14 +184,14 @@ def read_folders(args, device, world):
                        for label, other in first_with.items() if label != label_of[path]]
 
     # how many bytes of unlabeled photos, and of validation photos, this process keeps decoded
-    room = CACHE_BYTES // world
+    kept = CACHE_BYTES // world
     if device.type == "cuda":  # each process has a GPU of its own
-        room = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
+        kept = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
     if args.dry_run:
-        room = 0  # decoding all is not worth it for two steps
+        kept = 0  # decoding all is not worth it for two steps
     photos = [Photos(labeled, labels, args.image_size, device, cache_bytes=inf),
-              Photos(unlabeled, None, args.image_size, device, cache_bytes=room),
-              Photos(val, val_labels, args.image_size, device, cache_bytes=room),
+              Photos(unlabeled, None, args.image_size, device, cache_bytes=kept),
+              Photos(val, val_labels, args.image_size, device, cache_bytes=kept),
               Photos(test, test_labels, args.image_size, device)]
     return photos, class_names, {**bad_val, **bad_test, **bad_unlabeled}, duplicates
 

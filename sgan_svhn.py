@@ -289,7 +289,8 @@ def main():
               f"__seed{args.seed}", vars(args))
     epochs, steps_per_epoch = args.epochs, len(x_unlabeled) // args.batch_size
     warmup_steps = args.warmup_steps
-    fake_batch = FAKE_BATCH if args.gan_weight else 2  # batch norm needs two
+    # With the GAN off it still makes 2 images, unused: the fewest that batch norm accepts.
+    fake_batch = FAKE_BATCH if args.gan_weight else 2
     if args.dry_run:
         epochs, steps_per_epoch, warmup_steps = 1, min(2, steps_per_epoch), min(2, warmup_steps)
     total_steps = warmup_steps + epochs * steps_per_epoch
@@ -334,9 +335,8 @@ def main():
                 x_unl = augment(x_unl, args.augmentation)  # harder than what the teacher saw
 
                 # ---- classifier: labels right, digits real, fakes fake ----
-                # Each kind of image has a pass of its own, as batch norm would mix them. Only
-                # unlabeled digits update the running statistics: fakes are not evaluated, and the
-                # labeled digits are few.
+                # Each kind of image has its own pass, so that batch norm does not mix them. Only
+                # unlabeled digits, in the last pass, update its running statistics.
                 classifier.requires_grad_(True)
                 with autocast:
                     with frozen_statistics(classifier):
