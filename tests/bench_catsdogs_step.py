@@ -2,6 +2,7 @@
 
     python tests/bench_catsdogs_step.py --image-size 64 --batch-size 64
     python tests/bench_catsdogs_step.py --image-size 224 --batch-size 16
+    python tests/bench_catsdogs_step.py --image-size 128 --batch-size 16 --count
 
 Both train the same two networks on the same JPEG files with batches of the same sizes, in turn, in
 one process; the first round of each warms up. The article's way: photos decoded by a torchvision
@@ -11,6 +12,9 @@ Ours makes as many fakes here, and does not ask the EMA classifier; it has one p
 photos. It is timed twice: with photos that are decoded as they are needed, as the article's are,
 and with photos that were decoded before, as in every epoch of a folder that fits in memory. The
 loaders alone, doing the same work, are compared first.
+
+The third form counts the operations of torch in the second step of the script, instead of timing
+it: each is a call that the host makes, and on a GPU at least one kernel, but for views.
 """
 
 import argparse
@@ -20,6 +24,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter
 from itertools import chain
 from pathlib import Path
 
@@ -27,6 +32,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import datasets, transforms
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -68,7 +74,7 @@ def loading_speed(batches):
     return count / (time.perf_counter() - started)
 
 
-def ours(root, args, decoded_before):
+def ours(root, args, decoded_before, consistency_weight="0"):
     """Unlabeled images a second in an epoch of the script itself, without its decoding ahead."""
     sgan_catsdogs.UNLABELED_PER_FAKE = 1
     sgan_catsdogs.CACHE_BYTES = 1 << 40 if decoded_before else 0
@@ -76,7 +82,7 @@ def ours(root, args, decoded_before):
     with tempfile.TemporaryDirectory() as out_dir:
         sys.argv = ["sgan_catsdogs.py", "--epochs", "1", "--out-dir", out_dir, "--image-size",
                     str(args.image_size), "--batch-size", str(args.batch_size),
-                    "--consistency-weight", "0"]
+                    "--consistency-weight", consistency_weight]
         for flag, part in (("labeled", "labeled"), ("unlabeled", "train"), ("val", "labeled"),
                            ("test", "labeled")):
             sys.argv += [f"--{flag}-dir", str(root / part)]
@@ -84,6 +90,49 @@ def ours(root, args, decoded_before):
         [path] = Path(out_dir).glob("*/metrics.csv")
         with open(path, newline="") as f:
             return float(list(csv.DictReader(f))[-1]["images_per_s"])
+
+
+class Operations(TorchDispatchMode):
+    """Counts torch's operations between two calls of EpochMeans.add, one at the end of each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps, self.counts = 0, Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        frame, callers = sys._getframe(1), set()
+        while frame:
+            callers.add(frame.f_code.co_name)
+            frame = frame.f_back
+        name = function.overloadpacket.__name__
+        if self.steps == 1 and "add" not in callers:
+            kind = ("augmentation" if "augment" in callers else
+                    "convolution" if "convolution" in name else
+                    "batch norm" if "batch_norm" in name else
+                    "activation" if name in ("relu_", "threshold_backward") else
+                    "views" if name in VIEWS else "others")
+            self.counts[kind] += 1
+        return function(*args, **(kwargs or {}))
+
+
+VIEWS = {"detach", "view", "t", "expand", "select", "slice", "unsqueeze", "squeeze", "as_strided",
+         "alias", "split", "unbind", "_unsafe_view", "transpose", "permute"}
+
+
+def count_operations(root, args):
+    """Print how many operations the second step of the script makes, by kind."""
+    operations, add = Operations(), sgan_catsdogs.EpochMeans.add
+
+    def count_step(*arguments):
+        add(*arguments)
+        operations.steps += 1
+
+    sgan_catsdogs.EpochMeans.add = count_step
+    sgan_catsdogs.TEACHER_START = 0  # so that the second step has its labels, too
+    with operations:
+        ours(root, args, False, "1")
+    kinds = ", ".join(f"{n} {kind}" for kind, n in operations.counts.most_common())
+    print(f"{operations.counts.total()} operations a step at {args.image_size} px: {kinds}")
 
 
 def articles(root, args, device):
@@ -122,6 +171,7 @@ def main():
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--steps", type=int, default=10, help="in each round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--count", action="store_true", help="count operations instead")
     args = parser.parse_args()
     device = pick_device("auto")
     torch.manual_seed(0)
@@ -129,6 +179,8 @@ def main():
         root = Path(folder)
         write_photos(root / "train", args.steps * args.batch_size)
         write_photos(root / "labeled", sgan_catsdogs.LABELED_BATCH)
+        if args.count:
+            return count_operations(root, args)
         files = PASSES * sorted((root / "train").rglob("*.jpg"))
         np.random.default_rng(0).shuffle(files)
         speeds = {"DALI": [], "DataLoader": [], "ours": [], "ours, decoded before": [],
