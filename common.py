@@ -309,10 +309,11 @@ def check_images(folder, flag: str):
                             disable=None, leave=False))
     usable, unusable, others = [], {}, Counter()  # others: how many of each ending are no images
     for path, reason in zip(files, reasons):
+        ending = path.suffix.lower()
         if not reason:
             usable.append(path)
-        elif reason == "not an image" and path.suffix.lower() not in Image.registered_extensions():
-            others[path.suffix.lower() or "without ending"] += 1
+        elif reason in ("not an image", "empty") and ending not in Image.registered_extensions():
+            others[ending or "without ending"] += 1
         else:
             unusable[path] = reason
     if others:

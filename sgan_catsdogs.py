@@ -15,8 +15,8 @@ average (EMA) labels the photos that it is surest of. The classifier learns thes
     python sgan_catsdogs.py --predict PHOTOS --checkpoint runs/RUN/final.pt
     torchrun --nproc-per-node 4 sgan_catsdogs.py            # train on four GPUs
 
-Read main() first. What it scores, and how it differs from the cats and dogs article (Petrova 2020,
-see README): .github/RESULTS.md.
+Read main() first. What it scores, and how it differs from the cats and dogs article (Petrova 2020):
+.github/RESULTS.md.
 """
 
 import argparse

@@ -13,7 +13,7 @@ learns these labels too, on augmented digits. The average is what is scored.
     python sgan_svhn.py --supervised-only       # the baseline: labeled digits alone
 
 The unlabeled images are all training images but those of validation, the labeled ones among them.
-What differs from the article that this follows (Silva 2017, see README), and what it scores:
+What differs from the article that this follows (Silva 2017), and what it scores:
 .github/RESULTS.md.
 """
 

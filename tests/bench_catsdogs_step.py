@@ -93,7 +93,7 @@ def ours(root, args, decoded_before, consistency_weight="0"):
 
 
 class Operations(TorchDispatchMode):
-    """Counts torch's operations between two calls of EpochMeans.add, one at the end of each step."""
+    """Counts torch's operations between the first two calls of EpochMeans.add, which end steps."""
 
     def __init__(self):
         super().__init__()

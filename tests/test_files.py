@@ -275,7 +275,7 @@ def test_what_systems_and_cameras_leave_behind_is_passed_over(tmp_path, capsys):
     for name in (".DS_Store", "Thumbs.db", "cat/1.jpg:Zone.Identifier", "cat/2.jpg:Zone.Identifier",
                  "cat/2.HEIC", "notes/README"):
         (folder / name).parent.mkdir(exist_ok=True)
-        (folder / name).write_text("no image")
+        (folder / name).write_text("no image" if name != "Thumbs.db" else "")
     images, unusable = check_images(folder, "--flag")
     assert [str(path.relative_to(folder)) for path in images] == ["cat/1.jpg", "to elsewhere/1.jpg"]
     assert [path.name for path in unusable] == ["2.HEIC"]  # a phone's photo, which is missed
