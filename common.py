@@ -207,15 +207,17 @@ warnings.filterwarnings("ignore", "Glyph")  # a letter that matplotlib's font la
 @functools.cache  # it is asked in each pass
 def decoded_by_dali(path) -> bool:
     """Whether a file is a PNG of 8 bits a channel, or a JPEG without stray bytes in its head."""
-    data, at = Path(path).read_bytes(), 2
-    if not data.startswith(b"\xff\xd8"):
-        return data.startswith(b"\x89PNG\r\n\x1a\n") and data[24:25] == b"\x08"
-    while data[at:at + 1] == b"\xff":  # a segment: fill bytes, its kind, its length and content
-        while data[at:at + 1] == b"\xff":
-            at += 1
-        if data[at:at + 1] == b"\xda":  # the pixels follow
-            return True
-        at += 1 + int.from_bytes(data[at + 1:at + 3], "big")
+    with open(path, "rb") as file:  # only the head is read: it may be a film
+        head = file.read(25)
+        if not head.startswith(b"\xff\xd8"):
+            return head.startswith(b"\x89PNG\r\n\x1a\n") and head[24:] == b"\x08"
+        file.seek(2)
+        while file.read(1) == b"\xff":  # a segment: fill bytes, its kind, its length and content
+            while (kind := file.read(1)) == b"\xff":
+                pass
+            if kind == b"\xda":  # the pixels follow
+                return True
+            file.seek(int.from_bytes(file.read(2), "big") - 2, os.SEEK_CUR)
     return False
 
 

@@ -56,7 +56,7 @@ CONFIDENCE = 0.8  # the perceptron learns only those of the teacher's labels tha
 PERCEPTRON_EMA, STUDENT_EMA, GOOD_EMA = 0.9999, 0.99, 0.999
 GOOD_LR = 1e-3  # Adam learning rate of the good generator and of the pair discriminator
 MADE_WEIGHT = 0.1  # weight of the perceptron's loss on digits made to order
-PASS_WEIGHT = 0.005  # Triple-GAN: weight of the loss by which the perceptron fools the pair d.
+PASS_WEIGHT = 0.005  # Triple-GAN: weight of the perceptron's loss to fool the pair discriminator
 
 
 def parse_args():

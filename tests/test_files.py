@@ -285,6 +285,18 @@ def test_what_systems_and_cameras_leave_behind_is_passed_over(tmp_path, capsys):
         assert words in printed
 
 
+def test_a_film_beside_photos_is_not_read_into_memory(tmp_path, monkeypatch):
+    write_photos(tmp_path, "1.jpg")
+    with open(tmp_path / "film.mov", "wb") as film:
+        film.truncate(1 << 33)  # 8 GB, which take no room on the disk
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes",
+                        lambda path: pytest.fail("all of it") if path.suffix == ".mov"
+                        else read_bytes(path))
+    images, unusable = check_images(tmp_path, "--flag")
+    assert [path.name for path in images] == ["1.jpg"] and unusable == {}
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, capsys):
     write_photos(tmp_path, "cat/1.jpg", "dog/1.jpg")
     scandir = os.scandir
