@@ -1,10 +1,12 @@
 """Semi-supervised GAN on a folder of photos: cats and dogs from 100 labels.
 
-A ResNet is trained from scratch on a few labeled photos and many unlabeled ones. Its K logits are
-also a discriminator, D(x) = Z/(Z+1) with Z = sum_k exp l_k(x). It tells photos from the images of a
-DCGAN generator (Salimans et al. 2016, arXiv:1606.03498, section 5). Two more terms use the photos
-without labels. The classifier also tells by how many quarters a photo was turned. And its moving
-average (EMA) labels the photos that it is surest of. The classifier learns these labels.
+A ResNet is trained from scratch on a few labeled photos and many unlabeled ones. It tells by how
+many quarters each unlabeled photo was turned. And its moving average (EMA) labels the photos that
+it is surest of. The classifier learns these labels.
+
+With --gan-weight 1 there is a GAN as well. The K logits are then also a discriminator,
+D(x) = Z/(Z+1) with Z = sum_k exp l_k(x). It tells photos from the images of a DCGAN generator
+(Salimans et al. 2016, arXiv:1606.03498, section 5).
 
     python sgan_catsdogs.py --demo                          # cartoon pets, no download: a first run
     python sgan_catsdogs.py --download                      # fetch the photos, draw 50 + 50 labels
@@ -40,8 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torchvision.datasets.utils import download_and_extract_archive
-from torchvision.models.resnet import BasicBlock, ResNet, ResNet18_Weights
-from torchvision.transforms.functional import normalize
+from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
 from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, die,
@@ -51,13 +52,12 @@ from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 LATENT_DIM = 100
-LABELED_BATCH = 32  # labeled images in each step; with fewer labels than that, all of them
+LABELED_BATCH = 16  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2  # unlabeled photos in each step for one generated image
-D_TARGET = 0.7  # while mean D(x) on photos is above this, the GAN's augmentation grows
-MIN_STRENGTH = 0.5  # lowest strength of the GAN's augmentation; the highest is 1
-TEACHER_START = 0.2  # fraction of a run before the EMA classifier labels anything
+UNLABELED_STRENGTH = 0.5  # of the augmentation of unlabeled photos and fakes; of labels it is 1
+TEACHER_START = 1 / 3  # fraction of a run before the EMA classifier labels anything
+WARM_UP = 0.02  # fraction of a run in which the learning rate rises
 TEACHER_SHARE = 0.5  # fraction of an unlabeled batch that it labels: from 0 up to this
-IMAGENET = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]  # mean and deviation of its channels
 CACHE_BYTES = 2 << 30  # on a CPU, photos stay decoded in memory up to this size
 CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
 FOLDERS = ["labeled_dir", "unlabeled_dir", "val_dir", "test_dir"]  # flags
@@ -101,22 +101,18 @@ def parse_args():
     train.add_argument("--batch-size", type=number(int, minimum=2), default=64,
                        help="unlabeled images per step, at least 2 for batch norm")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="Adam learning rate of both networks; falls to 0 over the second half")
-    train.add_argument("--pretrained", action="store_true",
-                       help="begin with ImageNet weights, fetched at first use; from 128 px on")
-    train.add_argument("--real-logit", choices=["logsumexp", "fake-class"], default="logsumexp",
-                       help="form of the real/fake logit, see Classifier")
+                       help="highest learning rate of both networks; falls to 0 from a third on")
     train.add_argument("--generator-loss", choices=["both", "fool", "feature-matching"],
                        default="both", help="pass for real, match mean features, or both")
-    train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
-                       help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+    train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.0,
+                       help="weight of the mean of unlabeled and fake loss; 0: there is no GAN")
     train.add_argument("--rotation-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the loss on turned photos; 0 switches it off")
-    train.add_argument("--consistency-weight", type=number(float, minimum=0), default=3.0,
+    train.add_argument("--consistency-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the loss on labels by the EMA classifier; 0 switches it off")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
                        help="strength of augmentation in training, from 0, none, to 1")
-    train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.996,
+    train.add_argument("--ema-decay", type=number(float, minimum=0, below=1), default=0.99,
                        help="decay of the averaged classifier, which is scored; 0: the raw one")
     prepare = parser.add_argument_group("making the four folders, without training")
     prepare.add_argument("--prepare", metavar="SOURCE",
@@ -135,8 +131,6 @@ def parse_args():
     args = parser.parse_args()
     if args.image_size % 32:
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
-    if args.pretrained and args.image_size < 128:
-        die(f"--pretrained needs the ResNet18, from --image-size 128 on, not {args.image_size}")
     if sum(map(bool, (args.demo, args.resume, args.predict, args.prepare or args.download))) > 1:
         die("--demo, --resume, --predict, --prepare or --download: give one of them")
     if dist.is_torchelastic_launched() and (args.predict or args.prepare or args.download):
@@ -203,7 +197,7 @@ def augment(x, strength):
     Differentiable, so that fakes are changed as photos are and the generator learns through it
     (DiffAugment, Zhao et al. 2020, arXiv:2006.10738).
     """
-    if not torch.is_tensor(strength) and strength == 0:  # to compare a tensor would wait for it
+    if strength == 0:
         return x
     n, side = len(x), x.shape[-1]
     noise = torch.rand(15, n, device=x.device)  # (15, N) in [0, 1)
@@ -213,11 +207,10 @@ def augment(x, strength):
     area = (1 - 0.7 * strength) + 0.7 * strength * area  # a window of 30% to 100% of the image
     aspect = torch.exp(0.25 * strength * aspect)
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
-    theta = torch.zeros(n, 2, 3, device=x.device)
-    theta[:, 0, 0], theta[:, 1, 1] = width * torch.where(flip < 0, -1.0, 1.0), height
-    theta[:, 0, 2] = (1 - width) * (2 * center_x - 1)  # the window stays within the image
-    theta[:, 1, 2] = (1 - height) * (2 * center_y - 1)
-    grid = F.affine_grid(theta, x.shape, align_corners=False)  # (N, S, S, 2)
+    shift_x, shift_y = (1 - width) * (2 * center_x - 1), (1 - height) * (2 * center_y - 1)
+    mirror, zero = torch.where(flip < 0, -1.0, 1.0), torch.zeros_like(flip)
+    theta = torch.stack([mirror * width, zero, shift_x, zero, height, shift_y], dim=1)  # (N, 6)
+    grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
     def per_image(values):  # (N,) -> (N, 1, 1, 1)
@@ -272,18 +265,24 @@ class Generator(nn.Module):
         return (self.layers(z[:, :, None, None]) + 1) / 2
 
 
+def local_contrast(x):
+    """Images (N, 3, S, S) minus a blurred copy: edges and patterns, with a deviation of about 1/2.
+
+    Brightness and colour of large areas mislead a network that has few labels.
+    """
+    coarse = F.adaptive_avg_pool2d(x, 8)  # (N, 3, 8, 8)
+    return 8 * (x - F.interpolate(coarse, size=x.shape[-2:], mode="bilinear"))
+
+
 class Classifier(nn.Module):
     """Images (N, 3, S, S) in [0, 1] -> logits (N, K), features (N, 512), real logit r (N,).
 
-    D(x) = sigmoid(r). "logsumexp": r = log Z, as if "fake" were one more logit, fixed at 0
-    (Salimans et al. 2016); "fake-class": that logit is learned (Odena 2016, arXiv:1606.01583; the
-    labeled loss stays one of K classes).
-    The network is a ResNet18 (He et al. 2015, arXiv:1512.03385). Below 128 px it is a ResNet10,
-    with one block instead of two at each size, which learned more in the same time. With
-    imagenet_inputs it normalises images as ImageNet weights expect.
+    r = log sum_k exp l_k(x), and D(x) = sigmoid(r). The network is a ResNet18 (He et al. 2015,
+    arXiv:1512.03385). Below 128 px it is a ResNet10, with one block instead of two at each size,
+    which learned more in the same time.
     """
 
-    def __init__(self, num_classes, image_size, real_logit_form, imagenet_inputs=False):
+    def __init__(self, num_classes, image_size):
         super().__init__()
         self.resnet = ResNet(BasicBlock, [2 if image_size >= 128 else 1] * 4)
         self.resnet.fc = nn.Identity()
@@ -292,19 +291,32 @@ class Classifier(nn.Module):
         self.dropout = nn.Dropout(0.5)
         self.head = nn.Linear(512, num_classes)
         self.turn_head = nn.Linear(512, 4)  # from the features: the number of quarter turns
-        self.real_logit_form, self.imagenet_inputs = real_logit_form, imagenet_inputs
-        if real_logit_form == "fake-class":
-            self.extra = nn.Linear(512, 1)
 
     def forward(self, x):
-        x = normalize(x, *IMAGENET) if self.imagenet_inputs else (x - 0.5) * 4  # std about 1/4
-        features = self.resnet(x.contiguous(memory_format=torch.channels_last))
-        h = self.dropout(features)
-        logits = self.head(h)
-        r = real_logit(logits)  # log sum_k exp l_k(x)
-        if self.real_logit_form == "fake-class":
-            r = r - self.extra(h)[:, 0].float()  # minus the learned logit of "fake"
-        return logits, features, r
+        x = local_contrast(x).contiguous(memory_format=torch.channels_last)
+        features = self.resnet(x)
+        logits = self.head(self.dropout(features))
+        return logits, features, real_logit(logits)
+
+
+class TwoViews(nn.Module):
+    """A classifier that looks twice: images (N, 3, S, S) -> mean p as log p (N, K), r (N,).
+
+    It looks at the image, and at the mirror image of its middle, enlarged. Augmentation enlarges
+    what is seen in training (Touvron et al. 2019, arXiv:1906.06423). r is of the image.
+    """
+
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, x):
+        side, edge = x.shape[-1], x.shape[-1] // 5
+        middle = x.flip(3)[:, :, edge:side - edge, edge:side - edge]
+        middle = F.interpolate(middle, size=(side, side), mode="bilinear")
+        logits, _, r = self.classifier(torch.cat([x, middle]))  # (2N, K), (2N,)
+        p = logits.float().softmax(dim=1).view(2, len(x), -1).mean(dim=0)  # (N, K)
+        return p.log(), r[:len(x)]
 
 
 # ============================================ the method ==========================================
@@ -339,11 +351,10 @@ def surest_of_each_class(logits, per_class):
     return index, label, (p_picked.argmax(dim=1)[index] == label).float()
 
 
-def turn(x):
-    """Turn image i by i mod 4 quarters: (N, 3, S, S) -> the same, quarters (N,)."""
-    index = torch.arange(len(x), device=x.device)
+def turn(x, quarters):
+    """Turn images (N, 3, S, S) by a number of quarters, 0 to 3, for each: (N,)."""
     turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
-    return turned[index % 4, index], index % 4
+    return turned[quarters, torch.arange(len(x), device=x.device)]
 
 
 def main():
@@ -362,21 +373,21 @@ def main():
     x_labeled, y_labeled = labeled.images, labeled.labels  # (n, 3, S, S) uint8, (n,)
     num_classes, num_labeled = len(class_names), len(x_labeled)
     method = "supervised" if args.supervised_only else "sgan"
+    with_gan = args.gan_weight > 0 and not args.supervised_only
 
     def held_out(photos):  # batches for evaluation, in order, each image once
         return islice(photos.batches(args.batch_size), 2 if args.dry_run else None)
 
     # ---- networks, their optimizers, and the average of the classifier ----
-    classifier = Classifier(num_classes, args.image_size, args.real_logit, args.pretrained)
-    if args.pretrained and not args.resume:
-        classifier.resnet.load_state_dict(imagenet_weights())
+    classifier = Classifier(num_classes, args.image_size)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
     # of the average and of the classifier: weights and batch-norm statistics
     averaged = [[values for values in network.state_dict().values() if values.is_floating_point()]
                 for network in (classifier_ema, classifier)]
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
-    opt_d = torch.optim.Adam(classifier.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    teacher = TwoViews(classifier_ema).eval()  # also what is scored
+    opt_d = torch.optim.AdamW(classifier.parameters(), args.lr, weight_decay=0.02, fused=True)
     opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
@@ -389,15 +400,12 @@ def main():
     total_steps = epochs * steps_per_epoch
     labeled_batch = min(LABELED_BATCH, num_labeled) // world
     unlabeled_batch = args.batch_size // world
-    # With the GAN off it still makes 2 images, unused: the fewest that batch norm accepts.
-    fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE) if args.gan_weight else 2
+    fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE)  # batch norm needs 2
+    turns = 4 if args.rotation_weight else 1  # in which photos are shown
 
     # ---- the run's folder, and where a run that goes on was left ----
-    state = checkpoint or {"step": 0, "best_val": -1.0, "gan_strength": MIN_STRENGTH,
-                           "seconds": 0.0, "rows": []}
-    # gan_strength: of the augmentation of the GAN's photos and fakes
+    state = checkpoint or {"step": 0, "best_val": -1.0, "seconds": 0.0, "rows": []}
     step, best_val = state["step"], state["best_val"]
-    gan_strength = torch.as_tensor(state["gan_strength"], device=device)
     started -= state["seconds"]
     parts = {"classifier": classifier, "classifier_ema": classifier_ema, "generator": generator,
              "opt_d": opt_d, "opt_g": opt_g}
@@ -407,8 +415,7 @@ def main():
     if rank == 0:
         run = open_run(args, f"{method}__n{num_labeled}", state["rows"], unusable, duplicates)
         for_predict = {"class_names": class_names, "flags": run.config}
-        save_state(run, started, parts, step=step, best_val=best_val, gan_strength=gan_strength,
-                   files=files)
+        save_state(run, started, parts, step=step, best_val=best_val, files=files)
     else:  # from here on each process has random numbers of its own
         torch.manual_seed(args.seed + rank + step)
 
@@ -420,8 +427,9 @@ def main():
         epoch_started = time.perf_counter()
         for _ in tqdm(range(steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
-            for group in opt_d.param_groups + opt_g.param_groups:  # falls in the second half
-                group["lr"] = args.lr * min(1, 2 * (1 - step / total_steps))
+            for group in opt_d.param_groups + opt_g.param_groups:  # rises, stays, falls to 0
+                group["lr"] = args.lr * min(1, (step + 1) / (WARM_UP * total_steps),
+                                                1.5 * (1 - step / total_steps))
             step += 1
             chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
@@ -430,75 +438,71 @@ def main():
                 x_lab = augment(x_lab, args.augmentation)
                 with autocast:
                     logits_lab, _, _ = classifier(x_lab)  # (n, K)
-                loss_lab = labeled_loss(logits_lab, y_lab)
-                opt_d.zero_grad()
-                loss_lab.backward()
-                average_gradients(classifier)
-                opt_d.step()
-                means.add(step, {"loss/lab": loss_lab})
+                loss_d = labeled_loss(logits_lab, y_lab)
+                losses = {"loss/lab": loss_d}
 
             else:
                 x_unl, _ = next(batches)  # (N, 3, S, S)
-                z = torch.randn(fake_batch, LATENT_DIM, device=device)
-                with autocast:
-                    x_fake = generator(z)
-                strength = gan_strength * args.augmentation if args.augmentation else 0
-                x_fake = augment(x_fake.float(), strength)  # (M, 3, S, S), for both updates
 
                 # ---- the EMA classifier, as teacher, labels the surest photos: more and more ----
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
                 per_class = per_class if args.consistency_weight else 0
-                logits_teacher = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K)
+                log_p = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K)
                 if per_class:
                     with torch.no_grad(), autocast:
-                        logits_teacher, _, _ = classifier_ema(x_unl)
-                picked, y_teacher, counts = surest_of_each_class(logits_teacher, per_class)  # (P,)
+                        log_p, _ = teacher(x_unl)
+                picked, y_teacher, counts = surest_of_each_class(log_p, per_class)  # (P,) each
 
-                # ---- classifier: labels, photos against fakes, quarter turns ----
-                # Each kind of image has its own pass, so that batch norm does not mix them. Only
-                # all unlabeled photos, in the last pass, update its running statistics.
-                classifier.requires_grad_(True)
-                x_taught = torch.cat([x_lab, x_unl[picked]])  # (n + P, 3, S, S)
-                x_taught = augment(x_taught, args.augmentation)
-                x_gan = augment(x_unl, strength)  # (N, 3, S, S)
-                # half of the photos; with that loss off, the two that batch norm needs
-                upright = x_gan[::2] if args.rotation_weight else x_gan[:2]
-                x_turned, quarters = turn(upright)  # (N/2, 3, S, S), (N/2,)
-                with autocast:
-                    with frozen_statistics(classifier):
-                        logits_taught, _, _ = classifier(x_taught)  # (n + P, K)
-                        _, _, r_fake = classifier(x_fake.detach())  # (M,)
-                        _, feat_turned, _ = classifier(x_turned)  # (N/2, 512)
-                        logits_turned = classifier.turn_head(feat_turned)  # (N/2, 4)
-                    _, feat_unl, r_unl = classifier(x_gan)  # (N, 512), (N,)
-                logits_lab, logits_picked = logits_taught.tensor_split([len(x_lab)])
+                # ---- classifier: labels, its teacher's labels, quarter turns ----
+                x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
+                quarters = torch.arange(len(x_unl), device=device) % turns  # (N,)
+                x_turned = turn(augment(x_unl, UNLABELED_STRENGTH * args.augmentation), quarters)
+                sizes = [len(x_lab), len(picked), len(x_unl)]  # n, P, N
+                with autocast:  # one pass
+                    outputs = classifier(torch.cat([x_taught, x_turned]))
+                    logits, features, r = (output.split(sizes) for output in outputs)
+                    logits_lab, logits_picked, _ = logits  # (n, K), (P, K)
+                    feat_unl, r_unl = features[2], r[2]  # (N, 512), (N,)
+                    logits_turn = classifier.turn_head(feat_unl)  # (N, 4)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
-                loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # -E log p(turn | turned x), Chen et al. 2019 (arXiv:1811.11212, section 3)
-                loss_turn = labeled_loss(logits_turned, quarters)
                 # -E [x is picked] log p(teacher's label | augmented x)
                 loss_con = (F.cross_entropy(logits_picked.float(), y_teacher, reduction="none")
                             * counts).sum() / len(x_unl)
-                # Salimans et al. use this factor 0.5, and gan_weight 1
-                loss_d = (loss_lab + args.gan_weight * 0.5 * (loss_unl + loss_fake)
-                          + args.rotation_weight * loss_turn + args.consistency_weight * loss_con)
-                opt_d.zero_grad()
-                loss_d.backward()
-                average_gradients(classifier)
-                opt_d.step()
-                # The surer D is of photos, the more these are augmented, and fakes with them
-                # (adaptive augmentation, Karras et al. 2020, arXiv:2006.06676, section 3).
-                p_real = r_unl.detach().sigmoid().mean()
-                if args.gan_weight:  # otherwise D is not trained
-                    gan_strength = gan_strength + 0.01 * (p_real - D_TARGET)
-                    gan_strength = gan_strength.clamp(MIN_STRENGTH, 1)
+                # -E log p(turn | turned x), Chen et al. 2019 (arXiv:1811.11212, section 3)
+                loss_turn = labeled_loss(logits_turn, quarters)
+                loss_d = (loss_lab + args.consistency_weight * loss_con
+                          + args.rotation_weight * loss_turn)
+                losses = {"loss/lab": loss_lab, "loss/con": loss_con, "loss/turn": loss_turn,
+                          "monitor/picked": counts.sum() / len(x_unl)}
 
-                # ---- generator, through the updated classifier; feat_unl is of the old one ----
+            # ---- the GAN: photos against fakes ----
+            if with_gan:
+                z = torch.randn(fake_batch, LATENT_DIM, device=device)
+                with autocast:
+                    x_fake = generator(z)
+                # changed as photos are: (M, 3, S, S), for both updates
+                x_fake = augment(x_fake.float(), UNLABELED_STRENGTH * args.augmentation)
+                x_fake = turn(x_fake, torch.arange(len(z), device=device) % turns)
+                # fakes pass apart, so that batch norm does not mix them with photos
+                with autocast, frozen_statistics(classifier):
+                    _, _, r_fake = classifier(x_fake.detach())  # (M,)
+                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+                loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
+                # Salimans et al. use this factor 0.5, and gan_weight 1
+                loss_d = loss_d + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+
+            opt_d.zero_grad()
+            loss_d.backward()
+            average_gradients(classifier)
+            opt_d.step()
+
+            # ---- generator, through the updated classifier; feat_unl is of the old one ----
+            if with_gan:
                 classifier.requires_grad_(False)
                 with autocast, frozen_statistics(classifier):
                     _, feat_fake, r_gen = classifier(x_fake)  # (M, 512), (M,)
+                classifier.requires_grad_(True)
                 # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
                 loss_fm = (feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)
                            ).square().mean()
@@ -509,14 +513,10 @@ def main():
                 loss_g.backward()
                 average_gradients(generator)
                 opt_g.step()
-
-                means.add(step, {"loss/lab": loss_lab, "loss/unl": loss_unl,
-                                 "loss/fake": loss_fake, "loss/g": loss_g, "loss/fm": loss_fm,
-                                 "loss/turn": loss_turn, "loss/con": loss_con,
-                                 "monitor/picked": counts.sum() / len(x_unl),
-                                 "monitor/strength": gan_strength,
-                                 "monitor/p_real_unl": p_real,
-                                 "monitor/p_real_fake": r_fake.sigmoid().mean()})
+                losses |= {"loss/unl": loss_unl, "loss/fake": loss_fake, "loss/g": loss_g,
+                           "loss/fm": loss_fm, "monitor/p_real_unl": r_unl.sigmoid().mean(),
+                           "monitor/p_real_fake": r_fake.sigmoid().mean()}
+            means.add(step, losses)
 
             # ---- EMA of the classifier, with a short memory at first ----
             decay = min(args.ema_decay, (1 + step) / (10 + step))
@@ -529,17 +529,16 @@ def main():
         images = labeled_batch * world if args.supervised_only else args.batch_size  # a step
         images_per_s = steps_per_epoch * images / (time.perf_counter() - epoch_started)
         with autocast:
-            scores = evaluate(classifier, held_out(val), num_classes)
-            scores_ema = evaluate(classifier_ema, held_out(val), num_classes)
-            if not args.supervised_only:
+            scores = evaluate(TwoViews(classifier), held_out(val), num_classes)
+            scores_ema = evaluate(teacher, held_out(val), num_classes)
+            if with_gan:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
         best_val = run.save_best(best_val, (classifier, scores), (classifier_ema, scores_ema),
                                  epoch=epoch, **for_predict)
         run.log_epoch({"step": step, "epoch": epoch,
                        "seconds": round(time.perf_counter() - started, 1), **epoch_means,
                        "images_per_s": round(images_per_s, 1)}, scores, scores_ema)
-        save_state(run, started, parts, step=step, best_val=best_val, gan_strength=gan_strength,
-                   files=files)
+        save_state(run, started, parts, step=step, best_val=best_val, files=files)
 
     if rank:
         return
@@ -550,8 +549,8 @@ def main():
     best = torch.load(run.dir / "best.pt", map_location=device, weights_only=True)
     classifier.load_state_dict(best["classifier"])
     with autocast:
-        scores = evaluate(classifier_ema, held_out(test), num_classes)
-        scores_best = evaluate(classifier, held_out(test), num_classes)
+        scores = evaluate(teacher, held_out(test), num_classes)
+        scores_best = evaluate(TwoViews(classifier), held_out(test), num_classes)
     run.finish(device, script=SCRIPT, method=method, num_labeled=num_labeled, steps=total_steps,
                seconds=run.rows[-1]["seconds"], val_accuracy=run.rows[-1]["val_accuracy_ema"],
                test_accuracy=scores["accuracy"], test_accuracy_best_val=scores_best["accuracy"],
@@ -580,15 +579,6 @@ def check_batches(args, num_labeled, num_unlabeled, num_classes, world):
             f"classes needs {at_least} or more, unless --consistency-weight is 0")
     if args.batch_size % world:
         die(f"--batch-size {args.batch_size} must be a multiple of the {world} processes")
-
-
-def imagenet_weights():
-    """torchvision's weights of a ResNet18 without its last layer, from its cache or fetched."""
-    try:
-        weights = ResNet18_Weights.IMAGENET1K_V1.get_state_dict(progress=False, check_hash=True)
-    except Exception as error:  # torch raises many kinds without a network or for a damaged file
-        die(f"--pretrained could not fetch or read the weights ({type(error).__name__}: {error})")
-    return {name: weight for name, weight in weights.items() if not name.startswith("fc.")}
 
 
 # ==================================== processes and checkpoints ===================================
@@ -659,7 +649,7 @@ def flags_of_the_run(args):
     if not (folder / "last.pt").exists() and (folder / "final.pt").exists():
         die(f"--resume {args.resume}: that run is finished")
     checkpoint = load_checkpoint(folder / "last.pt", "--resume",
-                                 ["args", "step", "files", "rows", "gan_strength", "rng_state"])
+                                 ["args", "step", "files", "rows", "rng_state"])
     flags = {**vars(args), **checkpoint["args"], **{name: vars(args)[name] for name in moved}}
     return argparse.Namespace(**{**flags, "resume": folder}), checkpoint
 
@@ -734,9 +724,9 @@ def predict(args):
     device = pick_device(args.device)
     model = load_checkpoint(args.checkpoint, "--checkpoint", ["class_names", "flags"])
     class_names, flags = model["class_names"], argparse.Namespace(**model["flags"])
-    classifier = Classifier(len(class_names), flags.image_size, flags.real_logit, flags.pretrained)
+    classifier = Classifier(len(class_names), flags.image_size)
     load_state(classifier, model["classifier"], "--checkpoint", args.checkpoint)
-    classifier = classifier.to(device).eval()
+    classifier = TwoViews(classifier).to(device).eval()
     files, unusable = check_images(args.predict, "--predict")
     run = Run(args.out_dir, "predict", vars(args))
     run.warn("left_out.csv", ("file", "why"), unusable.items(),
@@ -746,8 +736,8 @@ def predict(args):
     with bf16_autocast(device):
         for x, _ in tqdm(photos.batches(args.batch_size), "batches",
                          -(-len(files) // args.batch_size), disable=None):
-            logits, _, r = classifier(x)
-            p.append(logits.float().softmax(dim=1).cpu())  # (N, K)
+            log_p, r = classifier(x)
+            p.append(log_p.exp().cpu())  # (N, K)
             p_real.append(r.sigmoid().cpu())  # (N,) D(x)
     p_real = torch.cat(p_real)
     certainty, predicted = torch.cat(p).max(dim=1)  # (N,), (N,)

@@ -16,7 +16,6 @@ import torch
 import torchvision
 from PIL import Image
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from torchvision.models.resnet import ResNet18_Weights, resnet18
 
 import sgan_catsdogs
 from common import dali_loader, same_bytes, why_unusable
@@ -407,11 +406,11 @@ def test_predictions_are_those_of_the_checkpoint_least_certain_first(whole, pets
     classifier = new_classifier("sgan_catsdogs").eval()
     classifier.load_state_dict(torch.load(whole / "best.pt", weights_only=True)["classifier"])
     with torch.no_grad():
-        logits, _, r = classifier(read_part(pets, "test")[0])
+        log_p, r = sgan_catsdogs.TwoViews(classifier)(read_part(pets, "test")[0])
     names = [str(path) for path in sorted(photos.rglob("*.jpg"))]
     for row in rows:
         n, k = names.index(row["file"]), ["cat", "dog"].index(row["class"])
-        p = logits.softmax(dim=1)[n]
+        p = log_p.exp()[n]
         assert float(row["probability"]) == pytest.approx(p.max().item(), abs=0.02)  # bfloat16
         assert p[k] > 0.47
         assert float(row["looks_like_training"]) == pytest.approx(r[n].sigmoid().item(), abs=0.02)
@@ -439,54 +438,6 @@ def test_bad_checkpoints_for_prediction_are_refused(ended, whole, pets, tmp_path
         assert f"--checkpoint: {path}" in message
         assert word in message
     assert not Path("runs").exists()
-
-
-# ====================================== ImageNet weights ==========================================
-
-
-def test_pretrained_runs_begin_with_the_weights_in_the_cache(pets, tmp_path, monkeypatch):
-    """Random weights stand in torch's cache for those that it would fetch."""
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    weights = resnet18().state_dict()
-    cached = tmp_path / "cache/hub/checkpoints" / Path(ResNet18_Weights.IMAGENET1K_V1.url).name
-    cached.parent.mkdir(parents=True)
-    torch.save(weights, cached)
-    flags = ["--pretrained", "--image-size", 128, "--lr", 1e-12, "--ema-decay", 0]
-    run, results = train("sgan_catsdogs", *PETS, *photo_folders(pets), "--dry-run", *flags)
-    final = torch.load(run / "final.pt", weights_only=True)
-    assert results["pretrained"] and final["flags"]["pretrained"]
-    for name, weight in weights.items():
-        if not name.startswith("fc.") and "running" not in name and "num_batches" not in name:
-            torch.testing.assert_close(final["classifier"][f"resnet.{name}"], weight)
-    call_main("sgan_catsdogs", "--predict", pets / "test", "--checkpoint", run / "final.pt",
-              "--device", "cpu", "--out-dir", "labels")
-    [labels] = Path("labels").iterdir()
-    rows = {row["file"]: row for row in read_csv(labels / "predictions.csv")}
-    classifier = sgan_catsdogs.Classifier(2, 128, "logsumexp", imagenet_inputs=True).eval()
-    classifier.load_state_dict(final["classifier"])
-    path = pets / "test/cat/000.jpg"
-    [(x, _)] = dali_loader([path], None, 1, 128, CPU)
-    mean, deviation = ResNet18_Weights.IMAGENET1K_V1.transforms().mean, [0.229, 0.224, 0.225]
-    with torch.no_grad():
-        by_hand = classifier.resnet((x - torch.tensor(mean).view(3, 1, 1))
-                                    / torch.tensor(deviation).view(3, 1, 1))
-        logits, features, _ = classifier(x)
-    torch.testing.assert_close(features, by_hand, rtol=1e-3, atol=1e-3)
-    assert float(rows[str(path)]["probability"]) == pytest.approx(
-        logits.softmax(dim=1).max().item(), abs=0.02)
-
-
-def test_pretrained_without_weights_or_pixels_is_refused(pets, tmp_path, monkeypatch, capsys):
-    def no_network(*args, **kwargs):
-        raise OSError("no route to host")
-
-    flags = [*photo_folders(pets), "--device", "cpu", "--batch-size", 16, "--dry-run"]
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
-    monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
-    message = refusal(capsys, "sgan_catsdogs", *flags, "--pretrained", "--image-size", 128)
-    assert "--pretrained" in message and "no route to host" in message
-    message = refusal(capsys, "sgan_catsdogs", *flags, "--pretrained", "--image-size", 96)
-    assert "--pretrained" in message and "96" in message
 
 
 # ======================================= several processes ========================================
