@@ -102,8 +102,6 @@ def parse_args():
                        help="unlabeled images per step, at least 2 for batch norm")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
                        help="highest learning rate of both networks; falls to 0 from a third on")
-    train.add_argument("--generator-loss", choices=["both", "fool", "feature-matching"],
-                       default="both", help="pass for real, match mean features, or both")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.0,
                        help="weight of the mean of unlabeled and fake loss; 0: there is no GAN")
     train.add_argument("--rotation-weight", type=number(float, minimum=0), default=1.0,
@@ -506,9 +504,7 @@ def main():
                 # mean over features of (E f(x) - E f(G(z)))^2, Salimans 2016, section 3.1
                 loss_fm = (feat_unl.detach().float().mean(0) - feat_fake.float().mean(0)
                            ).square().mean()
-                loss_fool = fool_loss(r_gen)  # -E log D(G(z))
-                loss_g = {"both": loss_fool + loss_fm, "fool": loss_fool,
-                          "feature-matching": loss_fm}[args.generator_loss]
+                loss_g = fool_loss(r_gen) + loss_fm  # -E log D(G(z)), and the means
                 opt_g.zero_grad()
                 loss_g.backward()
                 average_gradients(generator)

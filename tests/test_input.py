@@ -9,7 +9,8 @@ import pytest
 import torch
 from scipy.io import savemat
 
-from tests.conftest import (DIGITS, MNIST, PETS, SCRIPTS, SVHN, cut_off, photo_folders, refusal,
+import sgan_svhn
+from tests.conftest import (CPU, DIGITS, MNIST, PETS, SCRIPTS, SVHN, cut_off, photo_folders, refusal,
                             write_idx)
 
 
@@ -123,6 +124,33 @@ def test_damaged_mat_files_are_refused(damage, svhn, tmp_path, assert_refused):
     path = shutil.copytree(svhn, tmp_path / "data") / "SVHN/train_32x32.mat"
     damage(path)
     assert_refused("sgan_svhn", ["--data-dir", tmp_path / "data"], [path])
+
+
+def test_ten_thousand_are_the_first_images_of_the_official_test_file(tmp_path, monkeypatch):
+    """8,001 and 1,999 of them, in their order; the training file is not asked for."""
+    y = np.random.default_rng(0).integers(1, 11, size=(26_032, 1)).astype(np.uint8)
+    x = np.zeros((32, 32, 3, 26_032), np.uint8)
+    x[0, 0, 0], x[5, 7, 2] = np.arange(26_032) % 256, np.arange(26_032) // 256
+    (tmp_path / "SVHN").mkdir()
+    savemat(tmp_path / "SVHN/test_32x32.mat", {"X": x, "y": y})
+    monkeypatch.setattr("sys.argv", ["sgan_svhn.py", "--ten-thousand", "--data-dir", str(tmp_path)])
+    x_labeled, y_labeled, x_unlabeled, (x_val, y_val), (x_test, y_test) = sgan_svhn.read_data(
+        sgan_svhn.parse_args(), CPU)
+
+    def position(images):
+        return images[:, 0, 0, 0].long() + 256 * images[:, 2, 5, 7].long()
+
+    assert position(x_test).tolist() == list(range(8001, 10_000))
+    assert sorted(torch.cat([position(x_unlabeled), position(x_val)])) == list(range(8001))
+    assert len(x_val) == 1000 and set(position(x_labeled).tolist()) < set(
+        position(x_unlabeled).tolist())
+    for images, labels in ((x_test, y_test), (x_labeled, y_labeled), (x_val, y_val)):
+        assert labels.tolist() == [y[i, 0] % 10 for i in position(images)]
+
+
+def test_ten_thousand_of_another_file_are_refused(svhn, assert_refused):
+    assert_refused("sgan_svhn", ["--ten-thousand"],
+                   ["--ten-thousand", "26032", svhn / "SVHN/test_32x32.mat", "150"])
 
 
 # ======================================= folders of photos ========================================
