@@ -664,6 +664,31 @@ class Run:
         say("RESULT", json.dumps(results, default=str))
 
 
+def load_checkpoint(path, flag: str, keys) -> dict:
+    """A file that Run.save wrote, on the CPU.
+
+    Exits with status 2, naming the flag, if it is missing, damaged or lacks a key.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        die(f"{flag}: {path} cannot be read ({error.strerror})")
+    except Exception as error:  # torch.load raises many kinds for a damaged file
+        die(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})")
+    missing = [key for key in keys if not (isinstance(state, dict) and key in state)]
+    if missing:
+        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(missing)}")
+    return state
+
+
+def load_state(part, state: dict, flag: str, path):
+    """Give a network or an optimiser its state from a checkpoint; another network's is refused."""
+    try:
+        part.load_state_dict(state)
+    except (RuntimeError, ValueError):  # of networks, of optimisers
+        die(f"{flag}: {path} was written by a script with other networks; use that one")
+
+
 class EpochMeans:
     """Scalars of each training step, kept on the device until the epoch's means are asked for."""
 

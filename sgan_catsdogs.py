@@ -31,7 +31,7 @@ import sys
 import time
 from contextlib import contextmanager
 from copy import deepcopy
-from itertools import combinations, islice, zip_longest
+from itertools import islice, zip_longest
 from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -46,19 +46,19 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from tqdm import tqdm
 
 from common import (EpochMeans, Photos, Run, bf16_autocast, check_images, check_labeled, die,
-                    digest, evaluate, fake_loss, fool_loss, labeled_loss, number, pick_device,
-                    plot_images, plot_test, real_logit, run_script, same_bytes, save_samples, say,
-                    unlabeled_loss, write_json)
+                    digest, evaluate, fake_loss, fool_loss, labeled_loss, load_checkpoint,
+                    load_state, number, pick_device, plot_images, plot_test, real_logit, run_script,
+                    same_bytes, save_samples, say, unlabeled_loss, write_json)
 
 SCRIPT = Path(__file__).stem  # begins the name of each run's folder
 LATENT_DIM = 100
 LABELED_BATCH = 16  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2  # unlabeled photos in each step for one generated image
-UNLABELED_STRENGTH = 0.5  # of the augmentation of unlabeled photos and fakes; of labels it is 1
-TEACHER_START = 1 / 3  # fraction of a run before the EMA classifier labels anything
+UNLABELED_STRENGTH = 0.5  # of augmentation, for turned photos and fakes; for all others it is 1
 WARM_UP = 0.02  # fraction of a run in which the learning rate rises
+TEACHER_START = 1 / 3  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of an unlabeled batch that it labels: from 0 up to this
-CACHE_BYTES = 2 << 30  # on a CPU, photos stay decoded in memory up to this size
+CACHE_BYTES = 2 << 30  # on a CPU, the photos of a folder stay decoded in memory up to this size
 CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
 FOLDERS = ["labeled_dir", "unlabeled_dir", "val_dir", "test_dir"]  # flags
 DEMO = {"labeled_dir": "data/demo/labeled", "unlabeled_dir": "data/demo/train",
@@ -97,11 +97,12 @@ def parse_args():
     train.add_argument("--supervised-only", action="store_true",
                        help="the baseline: the same classifier on labeled images alone")
     train.add_argument("--epochs", type=number(int, minimum=1), default=40,
-                       help="passes over the unlabeled images, or 100 steps if --supervised-only")
-    train.add_argument("--batch-size", type=number(int, minimum=2), default=64,
-                       help="unlabeled images per step, at least 2 for batch norm")
+                       help="passes over the unlabeled images; with --supervised-only 100 steps "
+                            "each")
+    train.add_argument("--batch-size", type=number(int, minimum=4), default=64,
+                       help="unlabeled images per step, at least one for each quarter turn")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="highest learning rate of both networks; falls to 0 from a third on")
+                       help="highest learning rate; after a third of the run it falls to 0")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.0,
                        help="weight of the mean of unlabeled and fake loss; 0: there is no GAN")
     train.add_argument("--rotation-weight", type=number(float, minimum=0), default=1.0,
@@ -129,6 +130,8 @@ def parse_args():
     args = parser.parse_args()
     if args.image_size % 32:
         die(f"--image-size must be a multiple of 32, but it is {args.image_size}")
+    if "" in (args.resume, args.predict, args.prepare):  # a variable of the shell that is not set
+        die("--resume, --predict or --prepare was given an empty name")
     if sum(map(bool, (args.demo, args.resume, args.predict, args.prepare or args.download))) > 1:
         die("--demo, --resume, --predict, --prepare or --download: give one of them")
     if dist.is_torchelastic_launched() and (args.predict or args.prepare or args.download):
@@ -161,10 +164,6 @@ def read_folders(args, device, world):
     check_batches(args, len(labeled), len(unlabeled), len(class_names), world)
     say(f"{device}: {len(labeled)} labeled images, {len(unlabeled)} unlabeled, {len(val)} "
         f"validation, {len(test)} test")
-    for one, other in combinations(FOLDERS, 2):
-        if os.path.realpath(vars(args)[one]) == os.path.realpath(vars(args)[other]):
-            say(f"warning: {one} and {other} are the same folder, {vars(args)[one]}")
-
     duplicates, held_out, training = [], {*val, *test}, {*labeled, *unlabeled}
     label_of = dict(zip(labeled + val + test, labels + val_labels + test_labels))
     for group in same_bytes(labeled + unlabeled + val + test):
@@ -179,8 +178,7 @@ def read_folders(args, device, world):
     kept = CACHE_BYTES // world
     if device.type == "cuda":  # each process has a GPU of its own
         kept = int(CACHE_SHARE * torch.cuda.get_device_properties(device).total_memory)
-    if args.dry_run:
-        kept = 0  # decoding all is not worth it for two steps
+    kept = 0 if args.dry_run else kept  # decoding all is not worth it for two steps
     photos = [Photos(labeled, labels, args.image_size, device, cache_bytes=inf),
               Photos(unlabeled, None, args.image_size, device, cache_bytes=kept),
               Photos(val, val_labels, args.image_size, device, cache_bytes=kept),
@@ -198,7 +196,7 @@ def augment(x, strength):
     if strength == 0:
         return x
     n, side = len(x), x.shape[-1]
-    noise = torch.rand(15, n, device=x.device)  # (15, N) in [0, 1)
+    noise = torch.rand(15, n, 1, 1, 1, device=x.device)  # 15 times (N, 1, 1, 1), in [0, 1)
     area, center_x, center_y, erase_x, erase_y, erase_half, no_color = noise[:7]
     flip, aspect, contrast, brightness, saturation, *tint = noise[7:] * 2 - 1  # in [-1, 1)
 
@@ -207,27 +205,23 @@ def augment(x, strength):
     width, height = (area * aspect).sqrt().clamp(max=1), (area / aspect).sqrt().clamp(max=1)
     shift_x, shift_y = (1 - width) * (2 * center_x - 1), (1 - height) * (2 * center_y - 1)
     mirror, zero = torch.where(flip < 0, -1.0, 1.0), torch.zeros_like(flip)
-    theta = torch.stack([mirror * width, zero, shift_x, zero, height, shift_y], dim=1)  # (N, 6)
+    theta = torch.cat([mirror * width, zero, shift_x, zero, height, shift_y], dim=1)
     grid = F.affine_grid(theta.view(n, 2, 3), x.shape, align_corners=False)  # (N, S, S, 2)
     x = F.grid_sample(x, grid, padding_mode="border", align_corners=False)
 
-    def per_image(values):  # (N,) -> (N, 1, 1, 1)
-        return values.view(n, 1, 1, 1)
-
     mean = x.mean(dim=(1, 2, 3), keepdim=True)
-    x = (x - mean) * per_image(1 + 0.4 * strength * contrast) + mean
-    x = x + per_image(0.15 * strength * brightness)
+    x = (x - mean) * (1 + 0.4 * strength * contrast) + mean
+    x = x + 0.15 * strength * brightness
     grey = x.mean(dim=1, keepdim=True)  # (N, 1, S, S)
     saturation = torch.where(no_color < 0.15 * strength, 0.0, 1 + 0.8 * strength * saturation)
-    x = grey + (x - grey) * per_image(saturation)
-    x = x * (1 + 0.1 * strength * torch.stack(tint, dim=1)[:, :, None, None])
+    x = grey + (x - grey) * saturation
+    x = x * (1 + 0.1 * strength * torch.cat(tint, dim=1))
     # A square of 12% to 50% of the side takes the mean of the image.
     at = torch.arange(side, device=x.device) / side  # (S,)
-    half = strength * (0.06 + 0.19 * erase_half[:, None])  # (N, 1)
-    rows = (at - erase_y[:, None]).abs() < half  # (N, S)
-    columns = (at - erase_x[:, None]).abs() < half
-    erased = (rows[:, :, None] & columns[:, None, :])[:, None]  # (N, 1, S, S)
-    return torch.where(erased, x.mean(dim=(1, 2, 3), keepdim=True), x)
+    half = strength * (0.06 + 0.19 * erase_half)
+    rows = (at[:, None] - erase_y).abs() < half  # (N, 1, S, 1)
+    columns = (at - erase_x).abs() < half  # (N, 1, 1, S)
+    return torch.where(rows & columns, x.mean(dim=(1, 2, 3), keepdim=True), x)
 
 
 # ============================================ networks ============================================
@@ -298,10 +292,10 @@ class Classifier(nn.Module):
 
 
 class TwoViews(nn.Module):
-    """A classifier that looks twice: images (N, 3, S, S) -> mean p as log p (N, K), r (N,).
+    """A classifier that looks twice: images (N, 3, S, S) -> log of its mean p (N, K), that p.
 
-    It looks at the image, and at the mirror image of its middle, enlarged. Augmentation enlarges
-    what is seen in training (Touvron et al. 2019, arXiv:1906.06423). r is of the image.
+    The second view is the mirror image of the middle, enlarged: augmentation enlarges, too, what is
+    seen in training (Touvron et al. 2019, arXiv:1906.06423).
     """
 
     def __init__(self, classifier):
@@ -312,9 +306,9 @@ class TwoViews(nn.Module):
         side, edge = x.shape[-1], x.shape[-1] // 5
         middle = x.flip(3)[:, :, edge:side - edge, edge:side - edge]
         middle = F.interpolate(middle, size=(side, side), mode="bilinear")
-        logits, _, r = self.classifier(torch.cat([x, middle]))  # (2N, K), (2N,)
+        logits, _, _ = self.classifier(torch.cat([x, middle]))  # (2N, K)
         p = logits.float().softmax(dim=1).view(2, len(x), -1).mean(dim=0)  # (N, K)
-        return p.log(), r[:len(x)]
+        return p.log(), p
 
 
 # ============================================ the method ==========================================
@@ -322,7 +316,7 @@ class TwoViews(nn.Module):
 
 @contextmanager
 def frozen_statistics(classifier):
-    """Within it passes normalise by their own batch, and leave the running statistics alone."""
+    """Within it batch norm goes by the batch, and leaves the running statistics alone."""
     norms = [module for module in classifier.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
         norm.track_running_stats = False
@@ -331,8 +325,8 @@ def frozen_statistics(classifier):
         norm.track_running_stats = True
 
 
-def surest_of_each_class(logits, per_class):
-    """The classifier's own labels: logits (N, K) -> indices, labels, weights (K * per_class,).
+def surest_of_each_class(p, per_class):
+    """Labels by a teacher's p(y | x): p (N, K) -> indices, labels, weights (K * per_class,).
 
     FixMatch (Sohn et al. 2020, arXiv:2001.07685) trusts every label whose p(y | x) passes a
     threshold, and most of these may be of one class. Here each class picks equally many images,
@@ -340,7 +334,6 @@ def surest_of_each_class(logits, per_class):
     several classes pick has weight 1 with its most likely one, and 0 with the others. How many are
     picked is known beforehand, so that nobody waits for the device.
     """
-    p = logits.float().softmax(dim=1)
     surest = p.topk(per_class, dim=0)  # of each column: (per_class, K)
     p_picked = torch.zeros_like(p).scatter_(0, surest.indices, surest.values)  # (N, K)
     label = torch.arange(p.shape[1], device=p.device).expand(per_class, -1).flatten()
@@ -350,7 +343,7 @@ def surest_of_each_class(logits, per_class):
 
 
 def turn(x, quarters):
-    """Turn images (N, 3, S, S) by a number of quarters, 0 to 3, for each: (N,)."""
+    """Turn images (N, 3, S, S) counterclockwise, each by its number of quarters, 0 to 3: (N,)."""
     turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
     return turned[quarters, torch.arange(len(x), device=x.device)]
 
@@ -380,7 +373,7 @@ def main():
     classifier = Classifier(num_classes, args.image_size)
     classifier = classifier.to(device).to(memory_format=torch.channels_last)
     classifier_ema = deepcopy(classifier).requires_grad_(False).eval()
-    # of the average and of the classifier: weights and batch-norm statistics
+    # weights and batch-norm statistics of the average, and of the classifier
     averaged = [[values for values in network.state_dict().values() if values.is_floating_point()]
                 for network in (classifier_ema, classifier)]
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
@@ -399,7 +392,7 @@ def main():
     labeled_batch = min(LABELED_BATCH, num_labeled) // world
     unlabeled_batch = args.batch_size // world
     fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE)  # batch norm needs 2
-    turns = 4 if args.rotation_weight else 1  # in which photos are shown
+    num_turns = 4 if args.rotation_weight else 1  # in which photos are shown
 
     # ---- the run's folder, and where a run that goes on was left ----
     state = checkpoint or {"step": 0, "best_val": -1.0, "seconds": 0.0, "rows": []}
@@ -431,7 +424,6 @@ def main():
             step += 1
             chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
-
             if args.supervised_only:
                 x_lab = augment(x_lab, args.augmentation)
                 with autocast:
@@ -446,15 +438,15 @@ def main():
                 done = max(0, step / total_steps - TEACHER_START) / (1 - TEACHER_START)
                 per_class = round(TEACHER_SHARE * done * len(x_unl) / num_classes)
                 per_class = per_class if args.consistency_weight else 0
-                log_p = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K)
+                p = torch.zeros(len(x_unl), num_classes, device=device)  # (N, K)
                 if per_class:
                     with torch.no_grad(), autocast:
-                        log_p, _ = teacher(x_unl)
-                picked, y_teacher, counts = surest_of_each_class(log_p, per_class)  # (P,) each
+                        _, p = teacher(x_unl)
+                picked, y_teacher, weight = surest_of_each_class(p, per_class)  # (P,) each
 
                 # ---- classifier: labels, its teacher's labels, quarter turns ----
                 x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
-                quarters = torch.arange(len(x_unl), device=device) % turns  # (N,)
+                quarters = torch.arange(len(x_unl), device=device) % num_turns  # (N,)
                 x_turned = turn(augment(x_unl, UNLABELED_STRENGTH * args.augmentation), quarters)
                 sizes = [len(x_lab), len(picked), len(x_unl)]  # n, P, N
                 with autocast:  # one pass
@@ -464,24 +456,24 @@ def main():
                     feat_unl, r_unl = features[2], r[2]  # (N, 512), (N,)
                     logits_turn = classifier.turn_head(feat_unl)  # (N, 4)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
-                # -E [x is picked] log p(teacher's label | augmented x)
+                # -E weight log p(teacher's label | augmented x)
                 loss_con = (F.cross_entropy(logits_picked.float(), y_teacher, reduction="none")
-                            * counts).sum() / len(x_unl)
+                            * weight).sum() / len(x_unl)
                 # -E log p(turn | turned x), Chen et al. 2019 (arXiv:1811.11212, section 3)
                 loss_turn = labeled_loss(logits_turn, quarters)
                 loss_d = (loss_lab + args.consistency_weight * loss_con
                           + args.rotation_weight * loss_turn)
                 losses = {"loss/lab": loss_lab, "loss/con": loss_con, "loss/turn": loss_turn,
-                          "monitor/picked": counts.sum() / len(x_unl)}
+                          "monitor/picked": weight.sum() / len(x_unl)}
 
             # ---- the GAN: photos against fakes ----
             if with_gan:
                 z = torch.randn(fake_batch, LATENT_DIM, device=device)
                 with autocast:
                     x_fake = generator(z)
-                # changed as photos are: (M, 3, S, S), for both updates
+                # Fakes are augmented and turned as photos are; both updates use them: (M, 3, S, S)
                 x_fake = augment(x_fake.float(), UNLABELED_STRENGTH * args.augmentation)
-                x_fake = turn(x_fake, torch.arange(len(z), device=device) % turns)
+                x_fake = turn(x_fake, torch.arange(len(z), device=device) % num_turns)
                 # fakes pass apart, so that batch norm does not mix them with photos
                 with autocast, frozen_statistics(classifier):
                     _, _, r_fake = classifier(x_fake.detach())  # (M,)
@@ -614,9 +606,8 @@ def open_run(args, name, rows, unusable, duplicates):
              "files cannot be used and are left out")
     run.warn("duplicates.csv", ("file", "other file", "what that means"), duplicates,
              "pairs of files are equal that should differ")
-    processes = os.environ.get("LOCAL_WORLD_SIZE") if dist.is_initialized() else None
-    # for several machines torchrun needs more flags
-    launcher = f"torchrun --nproc-per-node {processes}" if processes else "python"
+    launcher = (f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"  # of one machine
+                if dist.is_initialized() else "python")
     script, folder = (shlex.quote(os.path.abspath(path)) for path in (__file__, run.dir))
     how = f"go on with `{launcher} {script} --resume {folder}`"
 
@@ -650,28 +641,6 @@ def flags_of_the_run(args):
     return argparse.Namespace(**{**flags, "resume": folder}), checkpoint
 
 
-def load_checkpoint(path, flag, keys):
-    """A saved file, on the CPU. One that is missing, damaged or lacks a key is refused."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        die(f"{flag}: {path} cannot be read ({error.strerror})")
-    except Exception as error:  # torch.load raises many kinds for a damaged file
-        die(f"{flag}: {path} is damaged or no checkpoint ({type(error).__name__})")
-    missing = [key for key in keys if not (isinstance(state, dict) and key in state)]
-    if missing:
-        die(f"{flag}: {path} is another kind of checkpoint: it has no {', '.join(missing)}")
-    return state
-
-
-def load_state(part, state, flag, path):
-    """Give a network or an optimiser its state from a checkpoint; another network's is refused."""
-    try:
-        part.load_state_dict(state)
-    except (RuntimeError, ValueError):  # of networks, of optimisers
-        die(f"{flag}: {path} was written by a script with other networks; use that one")
-
-
 def save_state(run, started, parts, **state):
     """Write last.pt: all that --resume needs."""
     run.save("last.pt", {"args": run.config, "rows": run.rows, "rng_state": torch.get_rng_state(),
@@ -680,11 +649,8 @@ def save_state(run, started, parts, **state):
 
 
 def files_of(args, photos):
-    """{folder's flag: its files}, by which a run that goes on knows its images again.
-
-    A file is its path below the folder and its content. Of unlabeled ones, which are many, it is
-    path and size.
-    """
+    """{folder's flag: its files}, by which a run that goes on knows its images again: each one's
+    path below the folder and its content, or of unlabeled ones, which are many, its size."""
     return {name: [f"{path.relative_to(vars(args)[name])}, "
                    + (f"{path.stat().st_size} bytes" if name == "unlabeled_dir" else digest(path))
                    for path in folder.files] for name, folder in zip(FOLDERS, photos)}
@@ -714,8 +680,8 @@ def restore(checkpoint, parts, files, args):
 def predict(args):
     """Label all images of a folder with a trained classifier, the least certain first.
 
-    Writes predictions.csv (file, class, its probability and, if D was trained, D(x) under
-    looks_like_training) and contact_sheet.png, the 30 least and most certain images.
+    Writes predictions.csv (file, class, its probability) and contact_sheet.png, the 30 least and
+    most certain images.
     """
     device = pick_device(args.device)
     model = load_checkpoint(args.checkpoint, "--checkpoint", ["class_names", "flags"])
@@ -728,20 +694,16 @@ def predict(args):
     run.warn("left_out.csv", ("file", "why"), unusable.items(),
              "files cannot be used and are left out")
 
-    photos, p, p_real = Photos(files, None, flags.image_size, device), [], []
+    photos, p = Photos(files, None, flags.image_size, device), []
     with bf16_autocast(device):
         for x, _ in tqdm(photos.batches(args.batch_size), "batches",
                          -(-len(files) // args.batch_size), disable=None):
-            log_p, r = classifier(x)
-            p.append(log_p.exp().cpu())  # (N, K)
-            p_real.append(r.sigmoid().cpu())  # (N,) D(x)
-    p_real = torch.cat(p_real)
+            p.append(classifier(x)[1].cpu())  # (N, K)
     certainty, predicted = torch.cat(p).max(dim=1)  # (N,), (N,)
     order = certainty.argsort().tolist()
-    has_gan = flags.gan_weight and not flags.supervised_only
     run.table("predictions.csv", [
-        {"file": files[i], "class": class_names[predicted[i]], "probability": f"{certainty[i]:.4f}",
-         **({"looks_like_training": f"{p_real[i]:.4f}"} if has_gan else {})} for i in order])
+        {"file": files[i], "class": class_names[predicted[i]], "probability": f"{certainty[i]:.4f}"}
+        for i in order])
     shown = order if len(order) <= 60 else order[:30] + order[-30:]
     plot_images(next(photos.batches(len(shown), shown))[0],
                 [f"{class_names[predicted[i]]} {certainty[i]:.1%}" for i in shown],
@@ -782,10 +744,8 @@ def prepare(args):
     if unusable:
         path, why = next(iter(unusable.items()))
         say(f"{len(unusable)} files cannot be used and are left out, such as {path}: {why}")
-
     if len({name.lower() for name in names}) < len(names):
         die(f"--prepare {source} has classes that differ in capitals only: {', '.join(names)}")
-
     rng, drawn = np.random.default_rng(seed), {target: [] for target in targets}
     for k, name in enumerate(names):
         members = np.array([path for path, label in zip(images, labels) if label == k])

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import sgan_mnist  # noqa: E402
-from sgan_catsdogs import load_checkpoint, load_state  # noqa: E402
+from common import load_checkpoint, load_state  # noqa: E402
 
 K = sgan_mnist.NUM_CLASSES
 

@@ -348,7 +348,7 @@ def test_labeled_folders_without_clear_classes_are_refused(names, words, pets, t
 
 
 def test_classes_are_counted_before_training_and_odd_folders_warned_of(pets, tmp_path, capsys):
-    """A validation folder without dogs, which is the test folder too; a cat that is also a dog."""
+    """A validation folder without dogs, and a cat that is also a dog."""
     shutil.copytree(pets / "labeled", tmp_path / "labeled")
     shutil.copytree(pets / "val/cat", tmp_path / "val/cat")
     twin = tmp_path / "labeled/dog/twin.jpg"
@@ -360,7 +360,6 @@ def test_classes_are_counted_before_training_and_odd_folders_warned_of(pets, tmp
     assert f"--labeled-dir {tmp_path / 'labeled'}: 4 cat, 5 dog" in out
     assert f"--val-dir {tmp_path / 'val'}: 8 cat, 0 dog" in out
     assert f"warning: --val-dir {tmp_path / 'val'} has no image of dog" in out
-    assert "val_dir and test_dir are the same folder" in out
     pairs = {row["file"]: row["other file"] for row in read_csv(folder / "duplicates.csv")
              if row["what that means"] == "labeled otherwise"}
     assert len(pairs) == 2 and pairs[pairs[str(twin)]] == str(twin)

@@ -62,7 +62,8 @@ def test_numbers_out_of_bounds_are_refused(name, flag, values, assert_refused):
     ("sgan_mnist", ["--supervised-only", "--good-generator"], ["--good-generator"]),
     ("sgan_svhn", ["--num-labeled", 100_000], ["--num-labeled", 700]),
     *((name, ["--batch-size", 100_000], ["--batch-size"]) for name in SCRIPTS),
-    ("sgan_catsdogs", ["--batch-size", 3], ["--batch-size 3 is too small"]),
+    ("sgan_catsdogs", ["--batch-size", 3], ["--batch-size", "at least 4"]),
+    *(("sgan_catsdogs", [flag, ""], [flag, "empty"]) for flag in ("--resume", "--prepare")),
     *(("sgan_catsdogs", ["--prepare", "pets", *mode], ["give one of them"])
       for mode in (["--demo"], ["--predict", "pets", "--checkpoint", "final.pt"])),
     ("sgan_catsdogs", ["--image-size", 48], ["--image-size", "multiple of 32", 48]),

@@ -532,7 +532,7 @@ def test_surest_of_each_class_teach_one_class_at_most(per_class):
     logits = torch.randn(40, 4, generator=torch.Generator().manual_seed(0))
     logits[:, 3] = logits[:, 0] - 0.1  # wanted by two classes
     script = importlib.import_module("sgan_catsdogs")
-    index, label, weight = script.surest_of_each_class(logits, per_class)
+    index, label, weight = script.surest_of_each_class(logits.softmax(dim=1), per_class)
     assert len(index) == len(label) == len(weight) == 4 * per_class
     assert index.equal(index.sort().values) and label.bincount().tolist() == [per_class] * 4
     found = torch.zeros(40, 4, dtype=torch.long)
