@@ -74,7 +74,7 @@ def loading_speed(batches):
     return count / (time.perf_counter() - started)
 
 
-def ours(root, args, decoded_before, consistency_weight="0"):
+def ours(root, args, decoded_before, consistency_weight="0", gan_weight="1"):
     """Unlabeled images a second in an epoch of the script itself, without its decoding ahead."""
     sgan_catsdogs.UNLABELED_PER_FAKE = 1
     sgan_catsdogs.CACHE_BYTES = 1 << 40 if decoded_before else 0
@@ -82,7 +82,7 @@ def ours(root, args, decoded_before, consistency_weight="0"):
     with tempfile.TemporaryDirectory() as out_dir:
         sys.argv = ["sgan_catsdogs.py", "--epochs", "1", "--out-dir", out_dir, "--image-size",
                     str(args.image_size), "--batch-size", str(args.batch_size),
-                    "--consistency-weight", consistency_weight, "--gan-weight", "1"]
+                    "--consistency-weight", consistency_weight, "--gan-weight", gan_weight]
         for flag, part in (("labeled", "labeled"), ("unlabeled", "train"), ("val", "labeled"),
                            ("test", "labeled")):
             sys.argv += [f"--{flag}-dir", str(root / part)]
@@ -120,8 +120,9 @@ VIEWS = {"detach", "view", "t", "expand", "select", "slice", "unsqueeze", "squee
 
 
 def count_operations(root, args):
-    """Print how many operations the second step of the script makes, by kind."""
-    operations, add = Operations(), sgan_catsdogs.EpochMeans.add
+    """Print how many operations the second step of the script makes, by kind, as it is and with
+    the GAN."""
+    add = sgan_catsdogs.EpochMeans.add
 
     def count_step(*arguments):
         add(*arguments)
@@ -129,10 +130,13 @@ def count_operations(root, args):
 
     sgan_catsdogs.EpochMeans.add = count_step
     sgan_catsdogs.TEACHER_START = 0  # so that the second step has its labels, too
-    with operations:
-        ours(root, args, False, "1")
-    kinds = ", ".join(f"{n} {kind}" for kind, n in operations.counts.most_common())
-    print(f"{operations.counts.total()} operations a step at {args.image_size} px: {kinds}")
+    for gan_weight in ("0", "1"):
+        operations = Operations()
+        with operations:
+            ours(root, args, False, "1", gan_weight)
+        kinds = ", ".join(f"{n} {kind}" for kind, n in operations.counts.most_common())
+        print(f"--gan-weight {gan_weight}: {operations.counts.total()} operations a step at "
+              f"{args.image_size} px: {kinds}")
 
 
 def articles(root, args, device):
