@@ -18,6 +18,7 @@ perceptron learns the digits made to order. Together with the first GAN this is 
 
     python sgan_mnist.py                                   # 100 labels, 10 of each digit
     python sgan_mnist.py --gan-only --epochs 40            # the perceptron and its GAN alone
+    python sgan_mnist.py --student-only                    # the student, its own teacher, no GAN
     python sgan_mnist.py --supervised-only                 # the student on labeled digits alone
     python sgan_mnist.py --num-labeled 30000               # half of the labels
     python sgan_mnist.py --good-generator                  # UGAN
@@ -81,6 +82,8 @@ def parse_args():
                        help="the baseline: the student alone, on labeled images alone")
     train.add_argument("--gan-only", action="store_true",
                        help="the perceptron and its GAN alone, without the student")
+    train.add_argument("--student-only", action="store_true",
+                       help="the student alone, its own average its teacher: nothing of the GAN")
     train.add_argument("--epochs", type=number(int, minimum=1), default=16,
                        help="passes over the unlabeled images; as many steps for the baseline")
     train.add_argument("--batch-size", type=number(int, minimum=2), default=100,
@@ -89,6 +92,9 @@ def parse_args():
                        help="Adam learning rate of student, perceptron and its generator")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=1.0,
                        help="weight of the mean of unlabeled and fake loss; 0 switches the GAN off")
+    train.add_argument("--generator-loss", choices=["feature-matching", "complement"],
+                       default="feature-matching",
+                       help="match mean features, or match and spread out")
     train.add_argument("--good-generator", action="store_true",
                        help="train a generator of digits of a given class beside the GAN's")
     train.add_argument("--augmentation", type=number(float, minimum=0, maximum=1), default=1.0,
@@ -341,14 +347,16 @@ class MadeToOrder:
 
 def main():
     args = parse_args()
-    if args.supervised_only and args.gan_only:
-        die("--gan-only trains the perceptron, --supervised-only the student: give one of the two")
-    if args.supervised_only and args.good_generator:
-        die("--good-generator needs the unlabeled images, so leave out --supervised-only")
+    if args.supervised_only + args.gan_only + args.student_only > 1:
+        die("--supervised-only, --gan-only or --student-only: give one of them")
+    with_perceptron = not (args.supervised_only or args.student_only)
+    if args.good_generator and not with_perceptron:
+        die("--good-generator needs the perceptron: leave out --supervised-only or --student-only")
     device = pick_device(args.device)
     torch.manual_seed(args.seed)
     x_labeled, y_labeled, x_unlabeled, val, test = read_data(args, device)
-    method = "supervised" if args.supervised_only else "gan-only" if args.gan_only else "sgan"
+    method = ("supervised" if args.supervised_only else "gan-only" if args.gan_only else
+              "student-only" if args.student_only else "sgan")
 
     def held_out(images, labels):  # batches for evaluation, in order, each image once
         batches = ((x / 255, y) for x, y in zip(images.split(1000), labels.split(1000)))
@@ -363,6 +371,7 @@ def main():
     student_ema = deepcopy(student).requires_grad_(False).eval()
     averages = [(floats(perceptron_ema), floats(perceptron), PERCEPTRON_EMA),
                 (floats(student_ema), floats(student), STUDENT_EMA)]
+    teachers = [perceptron_ema] * with_perceptron + [student_ema] * (not args.gan_only)
     scored, scored_ema = (perceptron, perceptron_ema) if args.gan_only else (student, student_ema)
     # eps: Salimans et al. divide by sqrt(v + 1e-8), torch by sqrt(v) + eps
     gan_adam = {"lr": args.lr, "betas": (0.5, 0.999), "eps": 1e-4, "fused": True}
@@ -392,7 +401,7 @@ def main():
     means, started = EpochMeans(), time.perf_counter()
     for epoch in range(1, epochs + 1):
         # student and perceptron first learn apart, so that their errors differ
-        teach = epoch > epochs // 2 and method == "sgan"
+        teach = epoch > epochs // 2 and method in ("sgan", "student-only")
         order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
         other_order = torch.randperm(len(x_unlabeled), device=device).split(args.batch_size)
         epoch_started = time.perf_counter()
@@ -404,22 +413,22 @@ def main():
 
             if not args.supervised_only:
                 x_unl = x_unlabeled[order[i]] / 255  # (N, 1, 28, 28)
-                x_other = x_unlabeled[other_order[i]] / 255  # (N, 1, 28, 28)
-                z = torch.rand(args.batch_size, LATENT_DIM, device=device)
-                with autocast:
-                    x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
+                if with_perceptron:
+                    x_other = x_unlabeled[other_order[i]] / 255  # (N, 1, 28, 28)
+                    z = torch.rand(args.batch_size, LATENT_DIM, device=device)
+                    with autocast:
+                        x_fake = generator(z).float()  # (N, 1, 28, 28), for both updates
 
                 # ---- the teacher labels the digits, all classes about equally often ----
                 # Also in the first half: p_mean must settle, and a good generator needs labels.
                 if args.good_generator or not args.gan_only:
                     with torch.no_grad(), autocast:
-                        logits_teacher = perceptron_ema(x_unl)[0].float()  # (N, K)
-                        if not args.gan_only:
-                            logits_teacher = (logits_teacher + student_ema(x_unl)[0].float()) / 2
-                    p_teacher = aligned(logits_teacher, p_mean)  # (N, K)
+                        logits_teachers = [teacher(x_unl)[0].float() for teacher in teachers]
+                    p_teacher = aligned(sum(logits_teachers) / len(teachers), p_mean)  # (N, K)
                     p_max, y_teacher = p_teacher.max(dim=1)  # (N,)
                     picked = p_max > CONFIDENCE  # (N,) the perceptron learns these only
 
+            if with_perceptron:
                 x_made = x_unl[:0]  # none, unless a good generator makes digits to order
                 if args.good_generator:
                     x_made, y_made, d_unl, losses = made_to_order.update(
@@ -462,6 +471,11 @@ def main():
                         _, feat_other, _ = perceptron(x_other)  # (N, 250)
                 # mean over features of (E f(x) - E f(G(z)))^2, Salimans et al. 2016, section 3.1
                 loss_g = (feat_other.float().mean(0) - feat_fake.float().mean(0)).square().mean()
+                if args.generator_loss == "complement":  # Dai et al. 2017, without their density
+                    unit = F.normalize(feat_fake.float(), dim=1)
+                    cosines = (unit @ unit.T).fill_diagonal_(0)  # (N, N)
+                    # pull-away, for entropy of G: mean of cos(f_i, f_j)^2 over i != j
+                    loss_g = loss_g + cosines.square().sum() / (len(z)**2 - len(z))
                 opt_g.zero_grad()
                 loss_g.backward(inputs=list(generator.parameters()))
                 opt_g.step()
@@ -498,7 +512,7 @@ def main():
         with autocast:
             scores = evaluate(scored, held_out(*val), NUM_CLASSES)
             scores_ema = evaluate(scored_ema, held_out(*val), NUM_CLASSES)
-            if not args.supervised_only:
+            if with_perceptron:
                 save_samples(generator, fixed_z, run.dir / "samples" / f"epoch_{epoch:03d}.png")
             if args.good_generator:
                 save_samples(good_ema, fixed_pairs, run.dir / "samples" / f"good_{epoch:03d}.png")

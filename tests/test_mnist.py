@@ -82,14 +82,15 @@ def watch(bf16, *flags, out_dir="runs"):
           hooked(before_forward, after_forward, before_update, after_update)):
         folder, _ = train("sgan_mnist", "--device", "cpu", "--num-labeled", LABELED,
                           "--batch-size", N, "--gan-weight", GAN_WEIGHT, *flags, out_dir=out_dir)
-    first = "Student" if "--supervised-only" in flags else "Generator"
+    alone = {"--supervised-only", "--student-only"} & set(flags)
+    first = "Student" if alone else "Generator"
     starts = [i for i, e in enumerate(events)
               if e.name == first and e.training and not e.update]
     steps = []
     for start, end in zip(starts, [*starts[1:], len(events)]):
         last = max(i for i in range(start, end) if events[i].update)  # then comes the evaluation
         steps.append(events[start:last + 1])
-    return SimpleNamespace(networks=networks, steps=steps, folder=folder,
+    return SimpleNamespace(networks=networks, steps=steps, folder=folder, events=events,
                            rows=read_csv(folder / "metrics.csv"),
                            final=torch.load(folder / "final.pt", weights_only=True))
 
@@ -385,6 +386,41 @@ def test_the_baseline_trains_the_student_on_labeled_digits_alone(mnist, digits, 
 
 
 # ==================================== the perceptron, on its own ==================================
+
+
+def test_the_student_alone_is_taught_by_its_own_average(mnist, digits, bf16):
+    """No pass of perceptron or generator; from the second epoch on labels by the student's average.
+    """
+    flags = ["--data-dir", mnist, "--augmentation", 0, "--epochs", 2, "--student-only"]
+    seen = watch(bf16, *flags)
+    assert list(seen.networks) == ["Student"] and len(seen.steps) == 4
+    assert not (seen.folder / "samples").exists()
+    assert [set(row) & {"loss/lab", "loss/fake"} for row in seen.rows] == [set(), set()]
+    passes = [event for event in seen.events if event.training and not event.update]
+    assert [len(event.x) for event in passes] == [LABELED, LABELED, LABELED + N, LABELED + N]
+    teachers = [event for event in seen.events if not event.training and len(event.x) == N]
+    p_mean = torch.full((10,), 0.1).double()
+    for teacher, one in zip(teachers, passes, strict=True):  # no evaluation has N images
+        p_mean = p_mean.lerp(teacher.outputs[0].softmax(dim=1).mean(dim=0), 0.01)
+        label = (teacher.outputs[0] - p_mean.log()).argmax(dim=1)
+        if len(one.x) > LABELED:
+            x, logits, grad = one.x[LABELED:], one.outputs[0][LABELED:], one.grad[LABELED:]
+            assert find(x, digits.unlabeled).equal(find(teacher.x, digits.unlabeled))
+            torch.testing.assert_close(grad * N, logits.softmax(dim=1) - F.one_hot(label, 10),
+                                       rtol=0.02, atol=1e-4)
+
+
+def test_the_complement_generator_spreads_its_features_out(mnist, bf16):
+    seen = watch(bf16, "--data-dir", mnist, "--epochs", 1, "--generator-loss", "complement",
+                 "--gan-only")
+    losses = []
+    for step in seen.steps:
+        of_fakes, of_others = (parts(step).of_fakes.outputs[1], parts(step).of_others.outputs[1])
+        cosines = F.cosine_similarity(of_fakes[:, None], of_fakes[None], dim=2)
+        apart = cosines[~torch.eye(N, dtype=torch.bool)].square().mean()
+        losses.append((of_others.mean(0) - of_fakes.mean(0)).square().mean() + apart)
+    assert float(seen.rows[0]["loss/g"]) == pytest.approx((sum(losses) / len(losses)).item(),
+                                                          rel=1e-3)
 
 
 def test_standardise_gives_each_unit_mean_0_and_deviation_1():
