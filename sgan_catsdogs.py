@@ -258,7 +258,7 @@ class Generator(nn.Module):
 
 
 def local_contrast(x):
-    """Images (N, 3, S, S) minus a blurred copy: edges and patterns, with a deviation of about 1/2.
+    """Images (N, 3, S, S) minus a blurred copy: edges and patterns, with a deviation of about 1.
 
     Brightness and colour of large areas mislead a network that has few labels.
     """

@@ -134,7 +134,7 @@ def read_data(args, device):
     if args.ten_thousand:
         if len(x_test) != NUM_OFFICIAL_TEST:
             die(f"--ten-thousand takes the official test file of {NUM_OFFICIAL_TEST} images, but "
-                f"{args.data_dir}/SVHN/test_32x32.mat has {len(x_test)}: put the official one there")
+                f"{args.data_dir}/SVHN/test_32x32.mat has {len(x_test)}: put that one there")
         x_train, x_test = x_test[:10_000].split([8001, 1999])  # no photo has digits in both
         y_train, y_test = y_test[:10_000].split([8001, 1999])
     else:

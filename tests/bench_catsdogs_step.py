@@ -9,9 +9,10 @@ one process; the first round of each warms up. The article's way: photos decoded
 DataLoader, float32 in the default memory layout, plain Adam, no augmentation, no EMA, a backward
 pass for each of the three losses, fresh fakes for the generator, each loss read back at every step.
 Ours has the GAN switched on here, makes as many fakes, and does not ask the EMA classifier. Its
-unlabeled photos are turned, and pass together with the labeled ones. It is timed twice: with photos that are decoded as they are needed, as the article's are,
-and with photos that were decoded before, as in every epoch of a folder that fits in memory. The
-loaders alone, doing the same work, are compared first.
+unlabeled photos are turned, and pass together with the labeled ones. It is timed twice: with photos
+that are decoded as they are needed, as the article's are, and with photos that were decoded before,
+as in every epoch of a folder that fits in memory. The loaders alone, doing the same work, are
+compared first.
 
 The third form counts the operations of torch in the second step of the script, instead of timing
 it: each is a call that the host makes, and on a GPU at least one kernel, but for views.

@@ -3,8 +3,8 @@
     python tests/bench_time_to_accuracy.py
     python tests/bench_time_to_accuracy.py --curve runs/article
 
-Ours is `python sgan_mnist.py`; flags such as `--split-seed 1` go to it. The article's way is written
-here plainly: its networks, batches of 32, Adam 1e-3, a backward pass for each loss, no
+Ours is `python sgan_mnist.py`; flags such as `--split-seed 1` go to it. The article's way is
+written here plainly: its networks, batches of 32, Adam 1e-3, a backward pass for each loss, no
 augmentation, no average of the weights. It is trained for --max-minutes. Both learn the same 100
 labels, one after the other, and are read every 100 steps; reading takes no time that counts.
 

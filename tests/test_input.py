@@ -10,8 +10,8 @@ import torch
 from scipy.io import savemat
 
 import sgan_svhn
-from tests.conftest import (CPU, DIGITS, MNIST, PETS, SCRIPTS, SVHN, cut_off, photo_folders, refusal,
-                            write_idx)
+from tests.conftest import (CPU, DIGITS, MNIST, PETS, SCRIPTS, SVHN, cut_off, photo_folders,
+                            refusal, write_idx)
 
 
 @pytest.fixture

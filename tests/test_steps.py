@@ -606,6 +606,23 @@ def test_real_logit_of_each_form(name, form):
     torch.testing.assert_close(r.double().sigmoid(), real, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [32, 64, 96])
+def test_local_contrast_sees_edges_but_no_brightness_or_colour_of_the_whole(size):
+    script, _, _ = build("sgan_catsdogs")
+    x = 0.3 + 0.4 * torch.rand(4, 3, size, size)
+    colour = 0.3 * torch.rand(4, 3, 1, 1) - 0.15
+    torch.testing.assert_close(script.local_contrast(x + colour), script.local_contrast(x),
+                               rtol=0, atol=1e-4)
+    flat = torch.rand(4, 3, 1, 1).expand(-1, -1, size, size)
+    assert script.local_contrast(flat).abs().max() < 1e-4
+    slope = torch.linspace(0, 1, size).expand(1, 3, size, size)
+    edge = (slope > 0.5).float()
+    inside = slice(size // 4, -size // 4)
+    smooth, sharp = (script.local_contrast(image)[0, 0, inside, inside].abs().max()
+                     for image in (slope, edge))
+    assert sharp > 2.5 and sharp > 5 * smooth
+
+
 # ========================================== augmentation ==========================================
 
 
