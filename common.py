@@ -755,21 +755,22 @@ def save_figure(figure: Figure, path):
 def plot_curves(rows: list, path):
     """Validation accuracy and loss, and mean D on real and fake images, against steps.
 
-    rows: those of metrics.csv. Columns that a run does not have are left out.
+    rows: those of metrics.csv. Columns that a run does not have are left out, as mean D without a
+    GAN.
     """
     panels = [("accuracy on validation images, %", 100, ["val_accuracy", "val_accuracy_ema"]),
               ("cross-entropy on validation images, nats", 1, ["val_loss", "val_loss_ema"]),
               ("mean D(x)", 1, ["monitor/p_real_unl", "monitor/p_real_fake"])]
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    for axes, (title, unit, columns) in zip(figure.subplots(1, 3), panels):
+    panels = [panel for panel in panels if any(set(panel[2]) & row.keys() for row in rows)]
+    figure = Figure(figsize=(4 * len(panels), 3.4), layout="constrained")
+    for axes, (title, unit, columns) in zip(figure.subplots(1, len(panels)), panels):
         for column in columns:
             points = [(row["step"], unit * row[column]) for row in rows if column in row]
             if points:
                 axes.plot(*zip(*points), marker=".", label=column.removeprefix("monitor/"))
         axes.set(title=title, xlabel="step")
         axes.grid(alpha=0.3)
-        if axes.lines:
-            axes.legend()
+        axes.legend()
     save_figure(figure, path)
 
 

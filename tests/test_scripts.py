@@ -100,6 +100,8 @@ def test_run_writes_pictures(run):
         with Image.open(run.folder / name) as image:
             assert image.format == "PNG" and image.width > 150 and image.height > 150
             assert image.convert("L").getextrema()[0] < 100  # something is drawn on the white
+            if name == "curves.png":  # two panels, and one of mean D if there is a GAN
+                assert image.width == (1200 if run.method == "sgan" else 800)
     epochs = range(1, run.epochs + 1) if run.method == "sgan" else []
     samples = [run.folder / "samples" / f"epoch_{epoch:03d}.png" for epoch in epochs]
     assert sorted((run.folder / "samples").glob("*")) == samples
