@@ -342,10 +342,11 @@ def surest_of_each_class(p, per_class):
     return index, label, (p_picked.argmax(dim=1)[index] == label).float()
 
 
-def turn(x, quarters):
-    """Turn images (N, 3, S, S) counterclockwise, each by its number of quarters, 0 to 3: (N,)."""
-    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(4)])  # (4, N, 3, S, S)
-    return turned[quarters, torch.arange(len(x), device=x.device)]
+def turn(x, num_turns):
+    """Turn image i to the left by i mod num_turns quarters: (N, 3, S, S) -> same, quarters (N,)."""
+    index = torch.arange(len(x), device=x.device)
+    turned = torch.stack([x.rot90(k, (2, 3)) for k in range(num_turns)])  # (T, N, 3, S, S)
+    return turned[index % num_turns, index], index % num_turns
 
 
 def main():
@@ -393,6 +394,7 @@ def main():
     unlabeled_batch = args.batch_size // world
     fake_batch = max(2, unlabeled_batch // UNLABELED_PER_FAKE)  # batch norm needs 2
     num_turns = 4 if args.rotation_weight else 1  # in which photos are shown
+    weak = UNLABELED_STRENGTH * args.augmentation  # of turned photos and fakes
 
     # ---- the run's folder, and where a run that goes on was left ----
     state = checkpoint or {"step": 0, "best_val": -1.0, "seconds": 0.0, "rows": []}
@@ -446,8 +448,7 @@ def main():
 
                 # ---- classifier: labels, its teacher's labels, quarter turns ----
                 x_taught = augment(torch.cat([x_lab, x_unl[picked]]), args.augmentation)
-                quarters = torch.arange(len(x_unl), device=device) % num_turns  # (N,)
-                x_turned = turn(augment(x_unl, UNLABELED_STRENGTH * args.augmentation), quarters)
+                x_turned, quarters = turn(augment(x_unl, weak), num_turns)  # (N, 3, S, S), (N,)
                 sizes = [len(x_lab), len(picked), len(x_unl)]  # n, P, N
                 with autocast:  # one pass
                     outputs = classifier(torch.cat([x_taught, x_turned]))
@@ -472,8 +473,7 @@ def main():
                 with autocast:
                     x_fake = generator(z)
                 # Fakes are augmented and turned as photos are; both updates use them: (M, 3, S, S)
-                x_fake = augment(x_fake.float(), UNLABELED_STRENGTH * args.augmentation)
-                x_fake = turn(x_fake, torch.arange(len(z), device=device) % num_turns)
+                x_fake, _ = turn(augment(x_fake.float(), weak), num_turns)
                 # fakes pass apart, so that batch norm does not mix them with photos
                 with autocast, frozen_statistics(classifier):
                     _, _, r_fake = classifier(x_fake.detach())  # (M,)
