@@ -454,7 +454,7 @@ def main():
                     outputs = classifier(torch.cat([x_taught, x_turned]))
                     logits, features, r = (output.split(sizes) for output in outputs)
                     logits_lab, logits_picked, _ = logits  # (n, K), (P, K)
-                    feat_unl, r_unl = features[2], r[2]  # (N, 512), (N,)
+                    feat_unl, r_lab, r_unl = features[2], r[0], r[2]  # (N, 512), (n,), (N,)
                     logits_turn = classifier.turn_head(feat_unl)  # (N, 4)
                 loss_lab = labeled_loss(logits_lab, y_lab)  # -E log p(y | x, real)
                 # -E weight log p(teacher's label | augmented x)
@@ -477,7 +477,8 @@ def main():
                 # fakes pass apart, so that batch norm does not mix them with photos
                 with autocast, frozen_statistics(classifier):
                     _, _, r_fake = classifier(x_fake.detach())  # (M,)
-                loss_unl = unlabeled_loss(r_unl)  # -E log D(x)
+                # labeled photos are real, too: else D learns to tell these few from all others
+                loss_unl = unlabeled_loss(torch.cat([r_lab, r_unl]))  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
                 # Salimans et al. use this factor 0.5, and gan_weight 1
                 loss_d = loss_d + args.gan_weight * 0.5 * (loss_unl + loss_fake)

@@ -8,7 +8,7 @@ The first form runs the script with `--seed S --split-seed S` for each S, and re
 accuracies of its RESULT lines, of toy_rings.py that of each method. The second runs it with
 `--seed S` on four folders, which --prepare draws with `--split-seed S` unless data/draws/ has them.
 The third draws, for all runs in each folder, the error of the averaged weights on validation images
-against the seconds since the start (the rings have no validation).
+against the seconds since the start, or with `--x step` the steps (the rings have no validation).
 """
 
 import argparse
@@ -70,20 +70,23 @@ def sweep(seeds, script, flags, photos=None, labels_per_class=None):
     print("\n".join(f"{name}: {summary(values)}" for name, values in scores.items()))
 
 
-def draw_curves(folders, path):
+def draw_curves(folders, path, x):
     figure = Figure(figsize=(7, 3.6), layout="constrained")
     axes = figure.subplots()
     for n, folder in enumerate(folders):
-        for k, metrics in enumerate(sorted(Path(folder).glob("*/metrics.csv"))):
+        runs = sorted(Path(folder).glob("*/metrics.csv"))
+        if not runs:
+            raise SystemExit(f"{folder} has no folders of runs in it")
+        for k, metrics in enumerate(runs):
             with open(metrics, newline="") as f:
                 rows = list(csv.DictReader(f))
-            axes.plot([float(row["seconds"]) for row in rows],
+            axes.plot([float(row[x]) for row in rows],
                       [100 * (1 - float(row["val_accuracy_ema"])) for row in rows], marker=".",
                       color=f"C{n}", alpha=0.6, label=None if k else Path(folder).name)
-    axes.set(xlabel="seconds of training and validation", ylabel="error on validation images, %",
-             xscale="log", yscale="log")
+    axes.set(xlabel={"seconds": "seconds of training and validation", "step": "steps"}[x],
+             ylabel="error on validation images, %", xscale="log", yscale="log")
     for axis, ticks in ((axes.xaxis, [10, 30, 100, 300, 1000, 3000, 10000]),
-                        (axes.yaxis, [1, 2, 5, 10, 20, 50])):
+                        (axes.yaxis, [1, 2, 5, 10, 15, 20, 30, 50])):
         low, high = axis.get_view_interval()
         axis.set_ticks([n for n in ticks if low <= n <= high])
         axis.set_major_formatter("{x:.0f}")
@@ -99,11 +102,13 @@ def main():
     parser.add_argument("--photos", help="folder that sgan_catsdogs.py --prepare draws from")
     parser.add_argument("--labels-per-class", default="50", help="labeled photos to draw")
     parser.add_argument("--curves", help="draw the runs of these folders into this picture instead")
+    parser.add_argument("--x", choices=["seconds", "step"], default="seconds",
+                        help="what the curves are drawn against")
     args, rest = parser.parse_known_args()
     if not rest:
         parser.error("name a script, or folders of runs for --curves")
     if args.curves:
-        draw_curves(rest, args.curves)
+        draw_curves(rest, args.curves, args.x)
     else:
         sweep(args.seeds.split(","), rest[0], rest[1:], args.photos, args.labels_per_class)
 

@@ -335,9 +335,12 @@ def test_sweep_prints_mean_and_deviation_and_draws_curves(mnist, capsys):
     a, b = (100 * result["test_accuracy"] for result in results)
     expected = f"test, %: {(a + b) / 2:.2f} ± {abs(a - b) / 2**0.5:.2f} of 2"
     assert expected in capsys.readouterr().out.splitlines()
-    call_main("tests.sweep", "--curves", "curves.png", "runs")
-    with Image.open("curves.png") as image:
-        assert image.width > 300
+    for x in ("seconds", "step"):
+        call_main("tests.sweep", "--curves", f"{x}.png", "--x", x, "runs")
+        with Image.open(f"{x}.png") as image:
+            assert image.width > 300
+    with pytest.raises(SystemExit, match="no folders of runs"):
+        call_main("tests.sweep", "--curves", "none.png", next(Path("runs").iterdir()))
 
 
 def test_sweep_draws_photos_for_each_seed(archives):

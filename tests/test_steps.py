@@ -262,11 +262,19 @@ def test_teacher_labels_some_images_as_they_are(watched):
 
 def test_classifier_minimises_the_losses_with_their_weights(watched):
     for n, step in enumerate([*watched.gan_steps, *watched.warm_up]):
+        labeled = part(watched, step, "labeled")
+        y = watched.data.labeled[1][find(labeled.x, watched.data.labeled[0])]
+        p = labeled.logits.softmax(dim=1)
+        by_labels = p - F.one_hot(y, p.shape[1])
         if n < len(watched.gan_steps):
             label = taught(watched, n)
             fake, seen = step.passes["fake"], part(watched, step, "unlabeled")
             by_fakes = GAN_WEIGHT * 0.5 * real_gradient(fake.logits, 0)
-            expected = GAN_WEIGHT * 0.5 * real_gradient(seen.logits, 1)
+            real = len(seen.x)  # images that should be real
+            if watched.name == "sgan_catsdogs":  # the labeled ones are among them
+                real += len(y)
+                by_labels += GAN_WEIGHT * 0.5 * real_gradient(labeled.logits, 1) * len(y) / real
+            expected = GAN_WEIGHT * 0.5 * real_gradient(seen.logits, 1) * len(seen.x) / real
             if watched.name == "sgan_svhn":
                 p = seen.logits.softmax(dim=1)
                 expected += CONSISTENCY_WEIGHT * (label.sum(dim=1, keepdim=True) * p - label)
@@ -275,12 +283,8 @@ def test_classifier_minimises_the_losses_with_their_weights(watched):
             whole = len(step.passes["photos"].x) if "photos" in step.passes else len(seen.x)
             torch.testing.assert_close(seen.grad * len(seen.x) / whole, expected,
                                        rtol=0.02, atol=1e-4)
-        labeled = part(watched, step, "labeled")
-        y = watched.data.labeled[1][find(labeled.x, watched.data.labeled[0])]
-        p = labeled.logits.softmax(dim=1)
         whole = len(step.passes["photos"].x) if "photos" in step.passes else len(labeled.x)
-        torch.testing.assert_close(labeled.grad * len(y) / whole, p - F.one_hot(y, p.shape[1]),
-                                   rtol=0.02, atol=1e-4)
+        torch.testing.assert_close(labeled.grad * len(y) / whole, by_labels, rtol=0.02, atol=1e-4)
 
 
 def test_photos_that_were_picked_and_turned_teach_with_their_weights(watched):
@@ -319,9 +323,10 @@ def test_logged_losses_are_those_of_the_outputs(watched):
         gap = unlabeled.features.mean(dim=0) - generator.features.mean(dim=0)
         z_unl, z_fake, z_gen = (seen.logits.exp().sum(dim=1)
                                 for seen in (unlabeled, fake, generator))
+        z_real = torch.cat([labeled.logits.exp().sum(dim=1), z_unl]) if photos else z_unl
         label, told = taught(watched, n), unlabeled.logits
         values = {"loss/lab": -labeled.logits.log_softmax(dim=1)[range(len(y)), y].mean(),
-                  "loss/unl": (1 / z_unl).log1p().mean(), "loss/fake": z_fake.log1p().mean(),
+                  "loss/unl": (1 / z_real).log1p().mean(), "loss/fake": z_fake.log1p().mean(),
                   "loss/g": gap.square().mean(),
                   "monitor/picked": label.sum(dim=1).double().mean(),
                   "monitor/p_real_unl": (z_unl / (1 + z_unl)).mean(),
