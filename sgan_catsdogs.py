@@ -55,7 +55,8 @@ LATENT_DIM = 100
 LABELED_BATCH = 16  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2  # unlabeled photos in each step for one generated image
 UNLABELED_STRENGTH = 0.5  # of augmentation, for turned photos and fakes; for all others it is 1
-WARM_UP = 0.02  # fraction of a run in which the learning rate rises
+GENERATOR_LR = 2e-4  # highest learning rate of the generator, that of DCGAN
+WARM_UP = 0.02  # fraction of a run in which the learning rates rise
 TEACHER_START = 1 / 3  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of an unlabeled batch that it labels: from 0 up to this
 CACHE_BYTES = 2 << 30  # on a CPU, the photos of a folder stay decoded in memory up to this size
@@ -102,7 +103,7 @@ def parse_args():
     train.add_argument("--batch-size", type=number(int, minimum=4), default=64,
                        help="unlabeled images per step, at least one for each quarter turn")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="highest learning rate; after a third of the run it falls to 0")
+                       help="highest learning rate of the classifier; it falls in the last two thirds")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.0,
                        help="weight of the mean of unlabeled and fake loss; 0: there is no GAN")
     train.add_argument("--rotation-weight", type=number(float, minimum=0), default=1.0,
@@ -380,7 +381,7 @@ def main():
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
     teacher = TwoViews(classifier_ema).eval()  # also what is scored
     opt_d = torch.optim.AdamW(classifier.parameters(), args.lr, weight_decay=0.02, fused=True)
-    opt_g = torch.optim.Adam(generator.parameters(), args.lr, betas=(0.5, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), GENERATOR_LR, (0.5, 0.999), fused=True)
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
 
@@ -420,9 +421,9 @@ def main():
         epoch_started = time.perf_counter()
         for _ in tqdm(range(steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
-            for group in opt_d.param_groups + opt_g.param_groups:  # rises, stays, falls to 0
-                group["lr"] = args.lr * min(1, (step + 1) / (WARM_UP * total_steps),
-                                                1.5 * (1 - step / total_steps))
+            for optimizer, lr in ((opt_d, args.lr), (opt_g, GENERATOR_LR)):  # rise, then fall to 0
+                optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / (WARM_UP * total_steps),
+                                                           1.5 * (1 - step / total_steps))
             step += 1
             chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
