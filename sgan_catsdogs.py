@@ -55,7 +55,6 @@ LATENT_DIM = 100
 LABELED_BATCH = 16  # labeled images in each step; with fewer labels than that, all of them
 UNLABELED_PER_FAKE = 2  # unlabeled photos in each step for one generated image
 UNLABELED_STRENGTH = 0.5  # of augmentation, for turned photos and fakes; for all others it is 1
-GENERATOR_LR = 2e-4  # highest learning rate of the generator, that of DCGAN
 WARM_UP = 0.02  # fraction of a run in which the learning rates rise
 TEACHER_START = 1 / 3  # fraction of a run before the EMA classifier labels anything
 TEACHER_SHARE = 0.5  # fraction of an unlabeled batch that it labels: from 0 up to this
@@ -103,7 +102,7 @@ def parse_args():
     train.add_argument("--batch-size", type=number(int, minimum=4), default=64,
                        help="unlabeled images per step, at least one for each quarter turn")
     train.add_argument("--lr", type=number(float, above=0), default=1e-3,
-                       help="highest learning rate of the classifier; it falls in the last two thirds")
+                       help="highest learning rate of the classifier; at the end it is 0")
     train.add_argument("--gan-weight", type=number(float, minimum=0), default=0.0,
                        help="weight of the mean of unlabeled and fake loss; 0: there is no GAN")
     train.add_argument("--rotation-weight", type=number(float, minimum=0), default=1.0,
@@ -381,7 +380,7 @@ def main():
     generator = Generator(args.image_size).to(device).to(memory_format=torch.channels_last)
     teacher = TwoViews(classifier_ema).eval()  # also what is scored
     opt_d = torch.optim.AdamW(classifier.parameters(), args.lr, weight_decay=0.02, fused=True)
-    opt_g = torch.optim.Adam(generator.parameters(), GENERATOR_LR, (0.5, 0.999), fused=True)
+    opt_g = torch.optim.Adam(generator.parameters(), 2e-4, betas=(0.5, 0.999), fused=True)
     fixed_z = torch.randn(64, LATENT_DIM, device=device)
     autocast = bf16_autocast(device)
 
@@ -421,9 +420,9 @@ def main():
         epoch_started = time.perf_counter()
         for _ in tqdm(range(steps_per_epoch), f"epoch {epoch}/{epochs}",
                       disable=True if rank else None, leave=False):
-            for optimizer, lr in ((opt_d, args.lr), (opt_g, GENERATOR_LR)):  # rise, then fall to 0
-                optimizer.param_groups[0]["lr"] = lr * min(1, (step + 1) / (WARM_UP * total_steps),
-                                                           1.5 * (1 - step / total_steps))
+            for optimizer in (opt_d, opt_g):  # the learning rate rises, stays, falls to 0
+                optimizer.param_groups[0]["lr"] = optimizer.defaults["lr"] * min(
+                    1, (step + 1) / (WARM_UP * total_steps), 1.5 * (1 - step / total_steps))
             step += 1
             chosen = torch.randperm(num_labeled, device=device)[:labeled_batch]
             x_lab, y_lab = x_labeled[chosen] / 255, y_labeled[chosen]  # (n, 3, S, S), (n,)
@@ -481,8 +480,7 @@ def main():
                 # labeled photos are real, too: else D learns to tell these few from all others
                 loss_unl = unlabeled_loss(torch.cat([r_lab, r_unl]))  # -E log D(x)
                 loss_fake = fake_loss(r_fake)  # -E log(1 - D(G(z)))
-                # Salimans et al. use this factor 0.5, and gan_weight 1
-                loss_d = loss_d + args.gan_weight * 0.5 * (loss_unl + loss_fake)
+                loss_d = loss_d + args.gan_weight * 0.5 * (loss_unl + loss_fake)  # Salimans: 0.5
 
             opt_d.zero_grad()
             loss_d.backward()
