@@ -129,8 +129,13 @@ def logits_of(run, weights, x):
 def test_accuracies_are_those_of_the_saved_weights(run):
     x, y = read_part(run.root, "test")
     for checkpoint, name in ((run.final, "test_accuracy"), (run.best, "test_accuracy_best_val")):
-        correct = logits_of(run, checkpoint["classifier"], x).argmax(dim=1) == y
-        assert run.results[name] == pytest.approx(correct.double().mean().item(), abs=1e-9)
+        logits = logits_of(run, checkpoint["classifier"], x)
+        first, second = logits.topk(2, dim=1).values.T
+        tied = first - second < 2e-4  # so near that rounding in another batch can decide
+        correct = logits.argmax(dim=1) == y
+        counted = round(run.results[name] * len(y))
+        assert abs(counted - correct.sum().item()) <= tied.sum() <= len(y) // 10
+        assert run.results[name] == pytest.approx(counted / len(y), abs=1e-9)
         if run.data == "pets":  # what --predict needs
             assert checkpoint["class_names"] == run.class_names
             assert checkpoint["flags"]["image_size"] == 32
