@@ -201,7 +201,7 @@ def write_pets(folder, count_per_class, seed, size=96, layout="folders"):
         draw_pet(species, rng, size).save(path, quality=90)
 
 
-def draw_dataset(root, labeled_per_class=10, unlabeled=1600, val=200, test=200, size=96, seed=0):
+def draw_dataset(root, labeled_per_class=4, unlabeled=1600, val=200, test=200, size=96, seed=0):
     """Draw root/{labeled,train,val,test}, each half cats and half dogs; root must not exist yet.
 
     labeled/, val/ and test/ hold cat/ and dog/; train/ is flat and hides the labels. The counts
