@@ -61,9 +61,11 @@ TEACHER_SHARE = 0.5  # fraction of an unlabeled batch that it labels: from 0 up 
 CACHE_BYTES = 2 << 30  # on a CPU, the photos of a folder stay decoded in memory up to this size
 CACHE_SHARE = 1 / 4  # on a GPU, up to this share of its memory
 FOLDERS = ["labeled_dir", "unlabeled_dir", "val_dir", "test_dir"]  # flags
+# defaults with --demo
 DEMO = {"labeled_dir": "data/demo/labeled", "unlabeled_dir": "data/demo/train",
         "val_dir": "data/demo/val", "test_dir": "data/demo/test",
-        "image_size": 32, "epochs": 5, "batch_size": 32}  # defaults with --demo
+        "image_size": 32, "epochs": 5, "batch_size": 32,
+        "gan_weight": 1.0, "rotation_weight": 0.0, "consistency_weight": 0.0}  # the GAN alone
 ARCHIVE = ("https://download.microsoft.com/download/3/E/1/3E1C3F21-ECDB-4869-8368-6DEBA77B919F/"
            "kagglecatsanddogs_5340.zip")
 
@@ -80,7 +82,7 @@ def parse_args():
     run.add_argument("--out-dir", default="runs", help="folder in which the run's folder is made")
     run.add_argument("--dry-run", action="store_true", help="two steps of everything, then stop")
     run.add_argument("--demo", action="store_true",
-                     help="draw 2,000 small cartoon pets, and train on them for two minutes")
+                     help="draw 2,000 small cartoon pets, and train a GAN on them for a minute")
     run.add_argument("--resume", metavar="RUN",
                      help="folder of an unfinished run, to go on with its own flags")
     run.add_argument("--predict", metavar="FOLDER", help="folder of images to label, no training")
