@@ -1,7 +1,7 @@
 """The scripts from end to end, on small generated data in the formats of the real ones.
 
 First a smoke run of each script and method, and of each baseline. Then what a run depends on, dry
-runs, --help, failures, the demo, and tests/sweep.py.
+runs, --help, failures, the demo, tests/sweep.py and tests/errors_in_common.py.
 """
 
 import json
@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import sgan_catsdogs
+import sgan_mnist
 from common import bf16_autocast, multiplies_in_bf16
 from tests import sweep
 from tests.cartoons import draw_dataset
@@ -366,3 +367,28 @@ def test_sweep_stops_when_a_run_does(capfd):
     with pytest.raises(SystemExit, match="--seed 0 stopped"):
         call_main("tests.sweep", "sgan_mnist.py", "--epochs", 0)
     assert "--epochs" in capfd.readouterr().err
+
+
+# ======================================= errors in common =========================================
+
+
+def test_errors_in_common_are_those_of_all_runs(mnist, capsys):
+    x, y = sgan_mnist.load_images(mnist, train=False)
+    wrong = []
+    for seed in range(2):  # untrained classifiers
+        torch.manual_seed(seed)
+        student = sgan_mnist.Student().eval()
+        torch.save({"classifier": student.state_dict()}, f"{seed}.pt")
+        with torch.no_grad():
+            wrong.append(student(x / 255)[0].argmax(dim=1) != y)
+    call_main("tests.errors_in_common", "wrong.png", "0.pt", "1.pt", "--data-dir", mnist)
+    lines = capsys.readouterr().out.splitlines()
+    in_common = wrong[0] & wrong[1]
+    assert 0 < in_common.sum() < min(map(sum, wrong))
+    assert lines[0].startswith("train: 900 digits") and lines[4] == (
+        f"test: 200 digits, errors {wrong[0].sum()} {wrong[1].sum()}, in common {in_common.sum()}")
+    for line, errors in zip(lines[5:], (*wrong, in_common), strict=True):
+        by_class = [str((errors & (y == k)).sum().item()) for k in range(10)]
+        assert line.startswith(f"    of 0 to 9: {' '.join(by_class)} (")
+    with Image.open("wrong.png") as image:
+        assert image.width == 1100
