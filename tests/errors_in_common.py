@@ -19,11 +19,16 @@ from common import evaluate, load_checkpoint, load_state, plot_images  # noqa: E
 K = sgan_mnist.NUM_CLASSES
 
 
-@torch.no_grad()
-def predictions(path, x, y):
-    """The class that the classifier of a final.pt gives each of x (N, 1, 28, 28) uint8: (N,)."""
+def load_student(path):
+    """The classifier of a final.pt."""
     student = sgan_mnist.Student()
     load_state(student, load_checkpoint(path, "runs", ["classifier"])["classifier"], "runs", path)
+    return student
+
+
+@torch.no_grad()
+def predictions(student, x, y):
+    """The class that a classifier gives each of x (N, 1, 28, 28) uint8: (N,)."""
     batches = ((images / 255, labels) for images, labels in zip(x.split(1000), y.split(1000)))
     return evaluate(student, batches, K)["predicted"]
 
@@ -34,21 +39,22 @@ def main():
     parser.add_argument("runs", nargs="+", help="final.pt of runs of sgan_mnist.py")
     parser.add_argument("--data-dir", default="data", help="folder that holds MNIST/raw")
     args = parser.parse_args()
+    students = [load_student(path) for path in args.runs]
     for part in ("train", "test"):
         x, y = sgan_mnist.load_images(args.data_dir, train=part == "train")
-        predicted = torch.stack([predictions(path, x, y) for path in args.runs])  # (runs, N)
+        predicted = torch.stack([predictions(student, x, y) for student in students])  # (runs, N)
         wrong = predicted != y  # (runs, N)
-        common = wrong.all(dim=0)  # (N,)
+        in_common = wrong.all(dim=0)  # (N,)
         print(f"{part}: {len(y)} digits, errors {' '.join(map(str, wrong.sum(dim=1).tolist()))}, "
-              f"in common {common.sum()}")
-        for name, errors in (*zip(args.runs, wrong), ("in common", common)):
+              f"in common {in_common.sum()}")
+        for name, errors in (*zip(args.runs, wrong), ("in common", in_common)):
             by_class = y[errors].bincount(minlength=K).tolist()
             print(f"    of 0 to 9: {' '.join(map(str, by_class))} ({name})")
-    shown = common.nonzero().flatten()[:100]  # of the test digits, which came last
+    shown = in_common.nonzero().flatten()[:100]  # of the test digits, which came last
     if len(shown):
         captions = [f"{predicted[0, i]}, not {y[i]}" for i in shown]
         plot_images(x[shown] / 255, captions, args.picture,
-                    f"{common.sum()} test digits that {len(args.runs)} runs get wrong")
+                    f"{in_common.sum()} test digits that {len(args.runs)} runs get wrong")
 
 
 if __name__ == "__main__":
